@@ -1,0 +1,1 @@
+"""The ground: connecting to Ray, storage, the model registry, many nodes on one machine."""

@@ -1,0 +1,1 @@
+"""The science: every method, usable alone in a notebook. Never imports Ray."""

@@ -1,0 +1,1 @@
+"""Sensitivity Dropout (SeND) and the Efficient EigenScore (EES)."""

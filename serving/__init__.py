@@ -1,0 +1,1 @@
+"""One file per online endpoint, and the application that deploys them on Ray Serve."""

@@ -113,15 +113,16 @@ def sample(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise InputError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one number, or one per prompt")
-    step = _Stepper(lm, forward or lm, transformer_blocks(lm)[block_number(lm, layer) - 1])
-    device = step.device
+    block = transformer_blocks(lm)[block_number(lm, layer) - 1]
+    device = next(lm.parameters()).device
     rows = len(prompts) * (samples + 1)  # prompt-major; the first row of each prompt is the greedy one
     noise = torch.stack([_noise(s, p, samples, max_new_tokens) for s, p in zip(seeds, prompts, strict=True)], 1)
     noise = noise.to(device)  # (steps, prompts, K)
     stops = [stop_token] if isinstance(stop_token, int) else list(stop_token or [])
     stops = torch.tensor(stops, dtype=torch.int64, device=device)
 
-    with step.watching():
+    with newest_output(block) as newest:
+        step = _Stepper(lm, forward or lm, newest, device)
         logits, hidden = step.read(prompts, samples + 1)
         latest, before, total = hidden, hidden, torch.zeros_like(hidden)
         alive = torch.ones(rows, dtype=torch.bool, device=device)
@@ -198,29 +199,31 @@ def block_number(lm: nn.Module, layer: Layer) -> int:
     return number
 
 
+@contextmanager
+def newest_output(block: nn.Module) -> Iterator[list[Tensor]]:
+    """A list whose one entry is the hidden state (batch, tokens, d) that `block` gave last, while the context lasts."""
+    newest: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        newest[:] = [output[0] if isinstance(output, tuple) else output]
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield newest
+    finally:
+        handle.remove()
+
+
 class _Stepper:
     """One model with its growing cache: reads the prompts, then advances every row by one token at a time."""
 
-    def __init__(self, lm: nn.Module, forward: Callable[..., Any], block: nn.Module):
+    def __init__(self, lm: nn.Module, forward: Callable[..., Any], newest: list[Tensor], device: torch.device):
         from transformers import DynamicCache
 
-        self.forward, self.block = forward, block
-        self.device = next(lm.parameters()).device
+        self.forward, self.newest, self.device = forward, newest, device
         # transformers renamed the argument within its fifth version
         self.cache_name = "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
         self.cache = DynamicCache(config=lm.config)
-        self.hidden: Tensor | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.hidden = output[0] if isinstance(output, tuple) else output
-
-        handle = self.block.register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def read(self, prompts: Sequence[Sequence[int]], repeats: int) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))
@@ -250,7 +253,7 @@ class _Stepper:
             **{self.cache_name: self.cache},
         )
         self.cache = outputs[self.cache_name]  # an engine that casts its inputs may have filled a copy
-        return outputs.logits[:, -1].float(), self.hidden[:, -1].float()
+        return outputs.logits[:, -1].float(), self.newest[0][:, -1].float()
 
 
 def _choose(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:

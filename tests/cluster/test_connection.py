@@ -1,0 +1,165 @@
+"""Starting, joining and not reaching Ray."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from cluster import connect
+from cluster.connection import ONE_THREAD, ROOT, runtime_environment
+from library.errors import InputError, PrismError
+
+pytestmark = pytest.mark.ray
+PATIENCE = 15.0
+
+
+@ray.remote(num_cpus=2)
+def environment() -> dict[str, str]:
+    import cluster.storage
+    import library.order
+
+    assert library.order.split(4, 2) == [range(2), range(2, 4)]
+    return dict(os.environ) | {"CLUSTER_FILE": cluster.storage.__file__}
+
+
+def test_workers_get_one_thread_and_this_project(ray_cluster):
+    seen = ray.get(environment.remote())
+    assert {name: seen[name] for name in ONE_THREAD} == ONE_THREAD  # although the task has two CPUs
+    assert seen["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_connection_reports_the_cluster(ray_cluster):
+    assert (ray_cluster.nodes, ray_cluster.cpus, ray_cluster.gpus) == (1, 4, 0)
+    assert ray_cluster.memory_gib > 0.1
+    assert ray_cluster.started
+    assert str(ray_cluster).startswith(f"started Ray at {ray_cluster.address}: 1 node, 4 CPUs, 0 GPUs, ")
+    assert "\n" not in str(ray_cluster)
+    assert ray.get_runtime_context().namespace == "prism"
+
+
+def test_a_connected_process_keeps_its_connection(ray_cluster):
+    again = connect()
+    assert (again.address, again.cpus, again.started) == (ray_cluster.address, 4, False)
+    again.disconnect()
+    assert ray.is_initialized()
+    assert connect(ray_cluster.address).address == ray_cluster.address
+    with pytest.raises(InputError, match=r"disconnect before joining 127\.0\.0\.1:1"):
+        connect("127.0.0.1:1")
+
+
+def test_a_task_keeps_its_connection(ray_cluster):
+    @ray.remote
+    def nested() -> bool:
+        return connect().joined
+
+    assert ray.get(nested.remote()) is False
+
+
+JOINER = """
+import os, sys, ray
+from cluster import connect
+connection = connect()
+@ray.remote
+def where():
+    import library.order, cluster.storage
+    return os.environ["OMP_NUM_THREADS"], os.path.realpath(os.path.dirname(library.order.__file__))
+threads, folder = ray.get(where.remote())
+print(connection.started, connection.cpus, threads, folder)
+connection.disconnect()
+"""
+
+
+def join(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
+    return subprocess.run(
+        [sys.executable, "-c", JOINER], env=os.environ | path | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_another_process_joins_by_ray_address_and_ships_the_project(ray_cluster):
+    done = join(ray_cluster.address)
+    assert done.returncode == 0, done.stderr
+    started, cpus, threads, folder = done.stdout.split()
+    assert (started, cpus, threads) == ("False", "4.0", "1")
+    assert "working_dir_files" in folder  # the workers run the copy, not the checkout
+    assert done.stderr == ""
+    assert ray.is_initialized()
+    assert ray.nodes()[0]["Alive"]
+
+
+def test_inside_a_ray_job_what_the_job_set_is_left_alone(ray_cluster):
+    job = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "3", "PYTHONPATH": str(ROOT)}, "working_dir": "gcs://x.zip"}}
+    wanted = _inside(job)
+    assert "OMP_NUM_THREADS" not in wanted["env_vars"]
+    assert wanted["env_vars"]["MKL_NUM_THREADS"] == "1"
+    assert not {"working_dir", "py_modules"} & wanted.keys()
+    config = json.dumps({"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "3"}}, "metadata": {}})
+    done = join(ray_cluster.address, RAY_JOB_CONFIG_JSON_ENV_VAR=config)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[2] == "3"
+
+
+def _inside(job: dict) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+        return runtime_environment(ship=True)
+
+
+def test_an_installed_package_ships_its_modules(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.connection.ROOT", tmp_path)
+    wanted = runtime_environment(ship=True)
+    assert [path.rpartition("/")[2] for path in wanted["py_modules"]][:2] == ["library", "cluster"]
+    assert "PYTHONPATH" not in runtime_environment(ship=False)["env_vars"]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("port", ["closed_port", "silent_port", "web_port"])
+def test_no_ray_at_the_address_is_one_line_soon(no_ray, request, scheme, port):
+    address = f"{scheme}127.0.0.1:{request.getfixturevalue(port)}"
+    start = time.monotonic()
+    with pytest.raises(PrismError) as caught:
+        connect(address)
+    assert time.monotonic() - start < PATIENCE
+    assert address.removeprefix("ray://") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not ray.is_initialized()
+
+
+def test_an_unknown_host_is_one_line(no_ray):
+    with pytest.raises(PrismError, match=r"no Ray cluster at nosuchhost\.invalid:6379: "):
+        connect("nosuchhost.invalid:6379")
+
+
+def test_a_client_port_is_not_a_cluster(ray_cluster):
+    """The raylet's own port speaks gRPC but is not the head's."""
+    from cluster import probe
+
+    node = ray.nodes()[0]
+    with pytest.raises(PrismError, match="another service uses that port"):
+        probe.ray_cluster(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    probe.ray_cluster(ray_cluster.address)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://head:8265", "head", "head:port", "head:70000", ":6379", "redis://head:6379", "head:1/path", ""]
+)
+def test_a_malformed_address_says_what_is_allowed(no_ray, address):
+    with pytest.raises(InputError, match="HOST:PORT and ray://HOST:PORT"):
+        connect(address)
+
+
+def test_a_malformed_ray_address_is_named(no_ray, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(InputError, match=r"RAY_ADDRESS=http://head:8265 is that of a dashboard"):
+        connect()
+
+
+def test_cpus_belong_to_a_ray_that_is_started_here(no_ray):
+    with pytest.raises(InputError, match="has its own number"):
+        connect("127.0.0.1:6379", cpus=2)
+    with pytest.raises(InputError, match="at least one CPU"):
+        connect("local", cpus=0)

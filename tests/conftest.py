@@ -1,0 +1,86 @@
+"""What every test may rely on: its own registry, one BLAS thread, and Ray when it asks for it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import Connection, connect
+from cluster.local import LocalCluster
+
+CPUS = 4  # logical: Ray only schedules by them
+
+
+class SharedRay:
+    """The one Ray of the session: started by the first test that wants it, and again after a test had its own."""
+
+    def __init__(self) -> None:
+        self._connection: Connection | None = None
+
+    def connection(self) -> Connection:
+        import ray
+
+        if self._connection is None or not ray.is_initialized():
+            self._connection = connect("local", cpus=CPUS)
+        return self._connection
+
+    def stop(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[SharedRay]:
+    """The holder of the session's Ray. Tests that connect by themselves call its `stop` first."""
+    shared = SharedRay()
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def ray_cluster(shared_ray: SharedRay) -> Connection:
+    """A connection to the session's Ray of four logical CPUs."""
+    return shared_ray.connection()
+
+
+@pytest.fixture
+def no_ray(shared_ray: SharedRay) -> Iterator[None]:
+    """A process that is connected to no Ray, for tests that connect by themselves; they are disconnected after it."""
+    import ray
+
+    shared_ray.stop()
+    yield
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture
+def local_cluster(no_ray: None) -> Iterator[Callable[..., LocalCluster]]:
+    """Starts a LocalCluster with the given arguments; it is connected, and stopped after the test."""
+    started: list[LocalCluster] = []
+
+    def start(nodes: int = 2, cpus_per_node: int = 2, **options: bool) -> LocalCluster:
+        started.append(LocalCluster(nodes, cpus_per_node, **options).__enter__())
+        return started[-1]
+
+    yield start
+    for cluster in reversed(started):
+        cluster.__exit__(None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """PRISM_HOME of this test alone; the user's registry, server and cluster are out of reach."""
+    home = tmp_path / "prism-home"
+    monkeypatch.setenv("PRISM_HOME", str(home))
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return home
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Several tests' processes share few cores."""
+    torch.set_num_threads(1)

@@ -1,0 +1,123 @@
+"""Stochastic estimates of tr A from products with random vectors; every estimate carries its standard error.
+
+An operator is a matrix of shape (..., n, n) or a function that maps a block of column vectors (..., n, p) to A times
+that block. Vectors are probes z with E[z z^T] = I, so that E[z^T A z] = tr A.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from library.errors import InputError
+
+Operator = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate and how far it may be off.
+
+    `value` and `standard_error` have the same shape (...,). `probes` is the number of random vectors behind them; it
+    is 0 for an exact value, whose standard error is 0. One probe alone says nothing of its error: nan.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    probes: int
+
+    @classmethod
+    def of_samples(cls, samples: Tensor) -> "Estimate":
+        """Mean and standard error s / sqrt(p) of independent samples of shape (..., p)."""
+        probes = samples.shape[-1]
+        value = samples.mean(-1)
+        if probes == 1:
+            return cls(value, torch.full_like(value, float("nan")), 1)
+        return cls(value, samples.std(-1) / probes**0.5, probes)
+
+    @classmethod
+    def exact(cls, value: Tensor) -> "Estimate":
+        """A value that no random vector took part in."""
+        return cls(value, torch.zeros_like(value), 0)
+
+
+def random_probes(
+    n: int,
+    count: int,
+    *,
+    generator: torch.Generator,
+    batch: Sequence[int] = (),
+    kind: Literal["rademacher", "gaussian"] = "rademacher",
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Random vectors with identity covariance, shape (*batch, n, count).
+
+    Rademacher entries are +1 or -1: the variance of z^T A z is then 2 ||A - diag A||_F^2, against 2 ||A||_F^2 for
+    Gaussian entries. The draw is made on the generator's device and moved, so that a CPU generator gives the same
+    probes everywhere. Raises InputError for n or count below 1 or an unknown kind.
+    """
+    if n < 1 or count < 1:
+        raise InputError(f"random probes need at least one vector of at least one entry, got {count} of length {n}")
+    shape, source = (*batch, n, count), generator.device
+    if kind == "rademacher":
+        signs = torch.randint(0, 2, shape, generator=generator, device=source, dtype=torch.int8)
+        return (2 * signs - 1).to(device=device, dtype=dtype)
+    if kind == "gaussian":
+        return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    raise InputError(f"unknown kind of probes {kind!r}; allowed: 'rademacher', 'gaussian'")
+
+
+def product(operator: Operator, block: Tensor) -> Tensor:
+    """A times a block of column vectors of shape (..., n, p).
+
+    Raises InputError when a matrix does not fit the block, or a function returns another length or block size.
+    """
+    if isinstance(operator, Tensor):
+        n = block.shape[-2]
+        if operator.ndim < 2 or operator.shape[-2:] != (n, n):
+            raise InputError(f"operator of shape {tuple(operator.shape)} cannot act on vectors of length {n}")
+        return operator @ block
+    image = operator(block)
+    if image.shape[-2:] != block.shape[-2:]:
+        raise InputError(
+            f"operator maps a block of shape {tuple(block.shape)} to {tuple(image.shape)}; it must keep the shape"
+        )
+    return image
+
+
+def hutchinson(operator: Operator, probes: Tensor) -> Estimate:
+    """Hutchinson's estimate of the trace: mean over the probes of z^T A z.
+
+    `probes` has shape (..., n, p); the estimate has the leading shape. Unbiased; exact for a diagonal A with
+    Rademacher probes, and for any A with the n probes sqrt(n) e_j. Source: Hutchinson, 1989.
+
+    >>> a = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    >>> hutchinson(a, random_probes(3, 4, generator=torch.Generator().manual_seed(0))).value.item()
+    6.0
+    """
+    return Estimate.of_samples((probes * product(operator, probes)).sum(-2))
+
+
+def hutch_plus_plus(operator: Operator, probes: Tensor) -> Estimate:
+    """Hutch++: the trace on a sketched range exactly, and Hutchinson's estimate on the rest.
+
+    With S the first half of the probes, G the other half, Q an orthonormal basis of A S and P = I - Q Q^T:
+    tr A = tr(Q^T A Q) + E[(P g)^T A (P g)]. Takes 3 p / 2 products and errs by O(1/p) for a positive semi-definite
+    A, where Hutchinson errs by O(1/sqrt(p)); exact when rank A <= p / 2. The standard error is that of the second
+    term, for the basis as drawn.
+
+    `probes` has shape (..., n, p) with p even, p >= 4 and p / 2 <= n; InputError otherwise.
+    Source: Meyer, Musco, Musco, Woodruff, "Hutch++: Optimal Stochastic Trace Estimation", 2021, algorithm 1.
+    """
+    n, count = probes.shape[-2:]
+    if count < 4 or count % 2 or count // 2 > n:
+        raise InputError(f"Hutch++ needs an even number of probes from 4 to {2 * n} for n = {n}, got {count}")
+    sketch, rest = probes.split(count // 2, dim=-1)
+    basis = torch.linalg.qr(product(operator, sketch)).Q
+    captured = (basis * product(operator, basis)).sum((-2, -1))
+    rest = rest - basis @ (basis.mT @ rest)
+    remainder = Estimate.of_samples((rest * product(operator, rest)).sum(-2))
+    return Estimate(captured + remainder.value, remainder.standard_error, count)

@@ -27,5 +27,8 @@ def json_lines(method: str, name: str) -> tuple[dict[str, Any], ...]:
     >>> json_lines("send", "truthfulqa")[0]["question"]
     'What happens to you if you eat watermelon seeds?'
     """
-    with sample_file(method, f"{name}.jsonl.gz").open("rb") as stream, gzip.open(stream, "rt", encoding="utf-8") as text:
+    with (
+        sample_file(method, f"{name}.jsonl.gz").open("rb") as stream,
+        gzip.open(stream, "rt", encoding="utf-8") as text,
+    ):
         return tuple(json.loads(line) for line in text)

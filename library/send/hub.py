@@ -21,8 +21,8 @@ def load_errors(what: str, name: str, revision: str | None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # the backends raise bare Exception, OSError, ValueError, KeyError, ...
-        where, check = f"{name!r}", "the files of the folder"
-        if not Path(name).is_dir():
+        where, check = f"{name!r}", "the files there"
+        if not Path(name).exists():
             where, check = f"{name!r} at revision {revision or 'main'!r}", "the name, the revision and the network"
         raise InputError(f"{what} {where} cannot be loaded: {first_line(error)}; check {check}") from error
 

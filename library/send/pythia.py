@@ -4,15 +4,19 @@ A Pythia is a GPT-NeoX: rotary positions on a quarter of each head's dimensions,
 untied embeddings. With V vocabulary rows, width d and L blocks it has 2 V d + L (12 d^2 + 13 d) + 2 d parameters.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from library.errors import InputError
-from library.send.hub import is_loadable, load_errors
+from library.artifact import MANIFEST, Artifact, open_artifact
+from library.errors import ArtifactError, InputError
+from library.send.hub import first_line, is_loadable, load_errors
+from library.weights import load_tensors
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig, PretrainedConfig, PreTrainedModel
@@ -83,9 +87,10 @@ def load(
     """A causal language model in float32: new by name, or with the weights of a folder or of the hub.
 
     `pythia-160m` is a new model of that size, drawn from `generator` (torch's own when None); a folder that
-    transformers wrote, or a hub name such as `EleutherAI/pythia-160m` with a `revision` such as `step1000`, is
-    loaded whatever its architecture, as long as it is a causal language model. Raises InputError for an unknown
-    name, a model that cannot be reached or read, and weights that lack a tensor or have one of another shape.
+    transformers wrote, a SeND artifact, or a hub name such as `EleutherAI/pythia-160m` with a `revision` such as
+    `step1000`, is loaded whatever its architecture, as long as it is a causal language model. Raises InputError for
+    an unknown name, a model that cannot be reached or read, and weights that lack a tensor or have one of another
+    shape, and ArtifactError for a corrupt artifact.
 
     >>> sum(p.numel() for p in load("pythia-tiny", vocab_rows=512).parameters())
     924416
@@ -95,6 +100,12 @@ def load(
     if not is_loadable(name):
         lm = from_config(pythia_config(name, vocab_rows))
         initialise(lm, generator)
+        return lm
+    if (Path(name) / MANIFEST).is_file():
+        artifact = open_artifact(name, kind="send")
+        lm = from_config(artifact_config(artifact))
+        weights = artifact.iter_weights()
+        load_tensors(lm, {key.removeprefix("lm."): value for key, value in weights if key.startswith("lm.")})
         return lm
     with load_errors("model", name, revision):
         lm, info = AutoModelForCausalLM.from_pretrained(
@@ -109,6 +120,16 @@ def load(
             f"model {name!r} is incomplete: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}"
         )
     return lm
+
+
+def artifact_config(artifact: Artifact) -> "PretrainedConfig":
+    """The configuration of the language model in an artifact of kind `send`. Raises ArtifactError for a foreign one."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**json.loads(artifact.text("config.json")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{artifact.path}: config.json is no causal language model: {first_line(error)}") from error
 
 
 def from_config(config: "PretrainedConfig") -> "PreTrainedModel":

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Protocol
 
+from library.artifact import MANIFEST, open_artifact
 from library.errors import ArtifactError, InputError
 from library.send.hub import first_line, is_loadable, load_errors
 
@@ -102,15 +104,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> SubwordTokenizer:
     return SubwordTokenizer(backend, END_OF_TEXT)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> SubwordTokenizer:
-    """The tokeniser of a local Hugging Face folder or a hub name such as `EleutherAI/pythia-70m`.
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """The tokeniser of a Hugging Face folder, of a SeND artifact, or of a hub name such as `EleutherAI/pythia-70m`.
 
     Raises InputError that says why it cannot be had (missing, corrupt, offline, no fast tokeniser, no end of text).
     """
-    from transformers import AutoTokenizer
-
     if not is_loadable(name):
         raise InputError(f"tokenizer: {name!r} is not 'bpe', 'bytes', a folder, or a hub name OWNER/NAME")
+    if (Path(name) / MANIFEST).is_file():
+        return from_json(open_artifact(name, kind="send", verify=False).text("tokenizer.json"))
+    from transformers import AutoTokenizer
+
     with load_errors("tokenizer", name, revision):
         loaded = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     if not loaded.is_fast:

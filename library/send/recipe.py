@@ -95,7 +95,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     """Block whose output is recorded and masked."""
     form: Form = "slt"
     """Embedding of a tracking text: its second-to-last token (slt), its last, or the mean over its tokens (pooled)."""
-    mode: Literal["mask", "weights"] = "mask"
+    dropping: Literal["mask", "weights"] = "mask"
     """Mask the block's output, or zero weights of its MLP each epoch like the first scripts (GPT-NeoX; engine ddp)."""
     normalise: bool = False
     """Divide each coordinate by its deviation over the texts, so that a large scale alone is not sensitive."""
@@ -186,8 +186,8 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
         needed = max(self.context, self.prompt_tokens + self.answers.max_new_tokens if self.prompts else 0)
         if needed > positions:
             raise InputError(f"{self.lm} has {positions} positions, {needed} are needed; use a shorter context")
-        if self.mode == "weights" and lm.config.model_type != "gpt_neox":
-            raise InputError(f"mode: 'weights' is defined for GPT-NeoX, not {lm.config.model_type}; use 'mask'")
+        if self.dropping == "weights" and lm.config.model_type != "gpt_neox":
+            raise InputError(f"dropping: 'weights' is defined for GPT-NeoX, not {lm.config.model_type}; use 'mask'")
         blocks = transformer_blocks(lm)
         if self.freeze_blocks > len(blocks):
             raise InputError(f"freeze_blocks: {self.freeze_blocks} of the {len(blocks)} blocks of {self.lm}")
@@ -197,7 +197,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
             lm,
             layer=self.layer,
             tracking_texts=self.tracking_texts if self._tracks() else 0,
-            masking=self.mode == "mask",
+            masking=self.dropping == "mask",
         )
 
     def optimizer(self, model: nn.Module) -> Optimizer:
@@ -244,7 +244,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        if self.mode == "weights" and self.selection != "none":
+        if self.dropping == "weights" and self.selection != "none":
             _check_whole(model)
         epoch, rest = divmod(step, self._epoch_steps())
         if rest or (self.selection == "none" and not self.prompts):
@@ -258,7 +258,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
             before = inner.dropped
             inner.drop(self._select(inner, epoch))
             metrics["newly_dropped"] = int((~torch.isin(inner.dropped, before)).sum())
-        if self.mode == "weights" and len(inner.dropped):
+        if self.dropping == "weights" and len(inner.dropped):
             mlp = transformer_blocks(inner.lm)[inner.block - 1].mlp
             drop_weights(mlp.dense_h_to_4h, mlp.dense_4h_to_h, inner.dropped)
         metrics["dropped"] = len(inner.dropped)
@@ -348,7 +348,7 @@ def load_send(artifact: Artifact) -> tuple[SensitivityDropout, Tokenizer, SendRe
 def _check_whole(model: nn.Module) -> None:
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
     if sharded or type(model).__name__ == "DeepSpeedEngine":
-        raise InputError("mode: 'weights' writes into parameters, which this engine keeps elsewhere; use engine ddp")
+        raise InputError("dropping: 'weights' writes into parameters, which this engine keeps elsewhere; use engine ddp")
 
 
 def _shape(parameter: Tensor) -> torch.Size:

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -85,7 +85,8 @@ def sample(
     Defaults are those of INSIDE (Chen et al., ICLR 2024, arXiv 2402.03744) but for the layer. A row ends at a stop
     token or after `max_new_tokens`. The embedding is the residual stream after one block (`block_number`) at the
     last generated token (`form="last"`), at the one before it (`"slt"`: of a one-token answer, the last token of
-    the prompt), or its mean over the generated tokens (`"pooled"`).
+    the prompt), or its mean over the generated tokens (`"pooled"`). Equal samples of a prompt share one embedding,
+    bit for bit.
 
     The noise of a prompt is a function of its seed and its tokens alone: answers do not depend on the other prompts
     of the batch or on their order (up to the rounding of the model's arithmetic), and a longer `max_new_tokens`
@@ -149,7 +150,8 @@ def sample(
         {"last": latest, "slt": before, "pooled": pooled}[form],
     )
     folded = [value.unflatten(0, (len(prompts), samples + 1)) for value in vars(answers).values()]
-    return Decoded(Answers(*(value[:, 0] for value in folded)), Answers(*(value[:, 1:] for value in folded)))
+    sampled = Answers(*(value[:, 1:] for value in folded))
+    return Decoded(Answers(*(value[:, 0] for value in folded)), _sharing_embeddings(sampled))
 
 
 def truncated_distribution(
@@ -157,10 +159,10 @@ def truncated_distribution(
 ) -> tuple[Tensor, Tensor]:
     """The distribution after temperature, then top-k, then nucleus truncation, sorted by falling probability.
 
-    `logits` (..., vocabulary) -> probabilities (..., n) that sum to 1 and tokens int64 (..., n), with n the vocabulary
-    or the largest number kept by top-k in any row; cut tokens have probability 0. As in transformers' warpers,
-    tokens that tie with the k-th are kept, and of what top-k leaves the nucleus keeps each token that less than
-    `top_p` of the probability precedes (Holtzman et al., ICLR 2020), hence always the first.
+    `logits` (..., vocabulary) -> probabilities float64 (..., n) that sum to 1 and tokens int64 (..., n), with n the
+    vocabulary or the largest number kept by top-k in any row; cut tokens have probability 0. As in transformers'
+    warpers, tokens that tie with the k-th are kept, and of what top-k leaves the nucleus keeps each token that less
+    than `top_p` of the probability precedes (Holtzman et al., ICLR 2020), hence always the first.
     """
     if top_k is None or top_k >= logits.shape[-1]:
         values, tokens = logits.sort(-1, descending=True)
@@ -171,7 +173,8 @@ def truncated_distribution(
         if kept > top_k:
             values, tokens = logits.topk(kept, dim=-1)
             values = values.masked_fill(values < threshold, -torch.inf)
-    probabilities = (values / temperature).softmax(-1)
+    values = values.double()
+    probabilities = ((values - values[..., :1]) / temperature).softmax(-1)  # a tiny temperature cannot overflow
     if top_p < 1:
         preceding = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(preceding >= top_p, 0.0)
@@ -261,10 +264,22 @@ def _choose(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | N
     folded = logits.unflatten(0, (uniforms.shape[0], -1))
     greedy, sampled = folded[:, :1].argmax(-1), folded[:, 1:]
     probabilities, tokens = truncated_distribution(sampled, temperature, top_k, top_p)
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = probabilities.cumsum(-1)
     aim = uniforms[..., None] * cumulative[..., -1:]
     place = torch.searchsorted(cumulative, aim, right=True).clamp(max=tokens.shape[-1] - 1)
     return torch.cat([greedy, tokens.gather(-1, place)[..., 0]], 1).flatten()
+
+
+def _sharing_embeddings(sampled: Answers) -> Answers:
+    """Give equal samples of a prompt the embedding of the first of them: rows of one batch may round differently."""
+    prompts, samples = sampled.lengths.shape
+    prompt = torch.arange(prompts, device=sampled.tokens.device)[:, None, None].expand(-1, samples, 1)
+    keys = torch.cat([prompt, sampled.lengths[..., None], sampled.tokens], -1).flatten(0, 1)
+    _, group = keys.unique(dim=0, return_inverse=True)
+    rows = torch.arange(len(keys), device=keys.device)
+    first = torch.full_like(rows, len(keys)).scatter_reduce(0, group, rows, "amin")[group]
+    embeddings = sampled.embeddings.flatten(0, 1)[first].unflatten(0, (prompts, samples))
+    return replace(sampled, embeddings=embeddings)
 
 
 def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:

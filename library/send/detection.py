@@ -1,0 +1,381 @@
+"""Does a score find hallucinations? Labels without annotators, areas under the ROC curve, and calibration.
+
+Labels follow MIND (Su et al., Findings of ACL 2024): a passage is cut just before a named entity and the model
+continues it greedily; it has hallucinated when it names another entity instead.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from library.errors import ArtifactError, InputError
+from library.send.decode import Decoded, Layer, sample
+from library.send.eigenscore import eigenscore
+from library.send.tokens import Tokenizer
+
+
+class DetectionSettings(BaseModel, frozen=True, extra="forbid"):
+    """How answers are drawn and their EigenScore taken. Defaults of INSIDE (arXiv 2402.03744) but for the layer."""
+
+    samples: int = Field(10, ge=2)
+    """Answers drawn per prompt."""
+    temperature: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Divides the logits before sampling."""
+    top_k: int | None = Field(5, ge=1)
+    """Sample among this many likeliest tokens; None for all."""
+    top_p: float = Field(0.99, gt=0, le=1)
+    """Sample among the likeliest tokens that hold this much probability."""
+    max_new_tokens: int = Field(32, ge=1)
+    """Longest answer."""
+    layer: Layer = "penultimate"
+    """Block whose output embeds an answer: penultimate, middle, or its number from 1."""
+    convention: Literal["inside", "inside-code", "svd"] = "inside"
+    """Which of the three published EigenScores."""
+    alpha: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    """Added to each eigenvalue."""
+
+    def draw(self, lm: nn.Module, prompts: Sequence[Sequence[int]], **arguments: Any) -> Decoded:
+        """`library.send.decode.sample` with these settings."""
+        return sample(lm, prompts, **self.model_dump(exclude={"convention", "alpha"}), **arguments)
+
+
+@dataclass(frozen=True)
+class ClozeCase:
+    """A passage (by number) cut just before `entity`; `prompt` is what precedes it, with no space at its end."""
+
+    passage: int
+    prompt: str
+    entity: str
+
+
+def cloze_cases(
+    passages: Iterable[Mapping[str, Any]], *, sentences: int = 2, min_words: int = 5, per_passage: int | None = None
+) -> list[ClozeCase]:
+    """Cut the first `sentences` of each passage before each named entity.
+
+    `passages` are rows with `title` and `sentences`, words and punctuation set apart by spaces as in WikiText. In
+    place of a tagger, an entity is a longest run of words that begin with a capital letter; not one that opens its
+    sentence, nor one inside the title (as in MIND), nor one before which the passage has less than `min_words` words.
+    At most `per_passage` of each passage, in the order of the text.
+
+    Example:
+        >>> cloze_cases([{"title": "Cromer", "sentences": ["Cromer is a town in the county of North Norfolk ."]}])
+        [ClozeCase(passage=0, prompt='Cromer is a town in the county of', entity='North Norfolk')]
+    """
+    cases = []
+    for number, passage in enumerate(passages):
+        before: list[str] = []
+        found = []
+        for sentence in passage["sentences"][:sentences]:
+            words = sentence.split()
+            for start, end in _entities(words):
+                entity = " ".join(words[start:end])
+                if len(before) + start >= min_words and entity not in passage["title"]:
+                    found.append(ClozeCase(number, " ".join(before + words[:start]), entity))
+            before += words
+        cases += found[:per_passage]
+    return cases
+
+
+def hallucinated(continuation: str, entity: str, *, ended: bool) -> bool | None:
+    """Whether a continuation names another entity than the true one; None when it cannot be said.
+
+    Words are compared exactly, with the punctuation around them removed. False when the continuation begins with all
+    words of `entity`; True when its first word has a capital and a word differs from the entity's; None when it
+    begins with no entity, or breaks off inside the true one. Unless the continuation `ended` by itself, a last word
+    with no space after it counts as broken off.
+
+    Example:
+        >>> hallucinated(" Norfolk , and", "Norfolk", ended=False), hallucinated(" Kent .", "Norfolk", ended=False)
+        (False, True)
+    """
+    words = continuation.split()
+    if words and not ended and not continuation[-1].isspace():
+        words.pop()
+    given, true = [_bare(word) for word in words], [_bare(word) for word in entity.split()]
+    if given[: len(true)] == true:
+        return False
+    if not words or not _capitalised(words[0]) or given == true[: len(given)]:
+        return None
+    return True
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """An area under the ROC curve, its standard error, and how many samples of either label it is over."""
+
+    value: float
+    standard_error: float
+    positives: int
+    negatives: int
+
+
+def auroc(scores: Tensor, labels: Tensor, groups: Tensor | None = None) -> Auroc:
+    """The probability that a positive scores higher than a negative (a tie counts half), with its standard error.
+
+    `scores` (n,), `labels` bool (n,), `groups` int (n,): samples of one group (passage) may depend on each other.
+    With the placements V_i of each positive among the negatives and W_j of each negative among the positives, whose
+    means are the area A, and their sums a_g, b_g of V - A and W - A over group g,
+
+        var A = I1/(I1-1) sum_g a_g^2 / M^2 + I0/(I0-1) sum_g b_g^2 / N^2 + 2 I/(I-1) sum_g a_g b_g / (M N)
+
+    for M positives in I1 groups, N negatives in I0, I groups in all (Obuchowski, Biometrics 1997). Without groups
+    this is DeLong's estimate (Biometrics 1988). The error is NaN when all positives or all negatives are of one group.
+
+    Raises InputError when a score is not finite or a label is missing.
+    """
+    scores, labels = _checked(scores, labels)
+    positive, negative = scores[labels], scores[~labels]
+    if not len(positive) or not len(negative):
+        raise InputError(f"an ROC curve needs both labels; there are {len(positive)} positives of {len(scores)}")
+    ranks = _midranks(scores)
+    above = (ranks[labels] - _midranks(positive)) / len(negative)
+    below = 1 - (ranks[~labels] - _midranks(negative)) / len(positive)
+    area = above.mean()
+    groups = torch.arange(len(scores)) if groups is None else groups.cpu()
+    members, place = groups.unique(return_inverse=True)
+    a = torch.zeros(len(members), dtype=torch.float64).index_add(0, place[labels], above - area)
+    b = torch.zeros(len(members), dtype=torch.float64).index_add(0, place[~labels], below - area)
+    scale_a, scale_b, scale_ab = (
+        n / (n - 1) if n > 1 else float("nan")
+        for n in (len(place[labels].unique()), len(place[~labels].unique()), len(members))
+    )
+    variance = (
+        scale_a * (a @ a) / len(positive) ** 2
+        + scale_b * (b @ b) / len(negative) ** 2
+        + 2 * scale_ab * (a @ b) / (len(positive) * len(negative))
+    )
+    return Auroc(float(area), float(variance.clamp(min=0).sqrt()), len(positive), len(negative))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A nondecreasing map from scores to the risk of a hallucination: straight lines between knots, flat outside.
+
+    `scores` float64 (n,) rising, `risks` float64 (n,) nondecreasing within [0, 1].
+    """
+
+    scores: Tensor
+    risks: Tensor
+
+    @classmethod
+    def fit(cls, scores: Tensor, labels: Tensor) -> "Calibration":
+        """Isotonic regression of bool `labels` (n,) on `scores` (n,): the best monotone map in squared error.
+
+        Raises InputError when a score is not finite or only one label occurs.
+        """
+        from sklearn.isotonic import IsotonicRegression
+
+        scores, labels = _checked(scores, labels)
+        if labels.all() or not labels.any():
+            raise InputError(f"calibration needs both labels; all {len(labels)} are {bool(labels[0])}")
+        fitted = IsotonicRegression(y_min=0, y_max=1).fit(scores.numpy(), labels.double().numpy())
+        return cls(torch.tensor(fitted.X_thresholds_).double(), torch.tensor(fitted.y_thresholds_).double())
+
+    def risk(self, scores: Tensor | float) -> Tensor:
+        """The risk in [0, 1] of each score, float64, of the shape of `scores`."""
+        scores = torch.as_tensor(scores).detach().cpu().double()
+        if len(self.scores) == 1:
+            return torch.full_like(scores, float(self.risks[0]))
+        right = torch.searchsorted(self.scores, scores).clamp(1, len(self.scores) - 1)
+        left = right - 1
+        weight = ((scores - self.scores[left]) / (self.scores[right] - self.scores[left])).clamp(0, 1)
+        return torch.lerp(self.risks[left], self.risks[right], weight)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The knots as named tensors of an artifact."""
+        return {"calibration.scores": self.scores, "calibration.risks": self.risks}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> "Calibration | None":
+        """The calibration among an artifact's arrays; None when there is none. Raises ArtifactError for a bad one."""
+        if "calibration.scores" not in arrays and "calibration.risks" not in arrays:
+            return None
+        scores, risks = arrays.get("calibration.scores"), arrays.get("calibration.risks")
+        if scores is None or risks is None or scores.dim() != 1 or scores.shape != risks.shape or not len(scores):
+            raise ArtifactError("the calibration is corrupt: it needs two vectors, scores and risks, of one length")
+        scores, risks = scores.double(), risks.double()
+        if not ((scores.diff() > 0).all() and (risks.diff() >= 0).all() and risks[0] >= 0 and risks[-1] <= 1):
+            raise ArtifactError("the calibration is corrupt: scores must rise, and risks must not fall within [0, 1]")
+        return cls(scores, risks)
+
+
+def expected_calibration_error(risks: Tensor, labels: Tensor, bins: int = 10) -> float:
+    """`sum_b (n_b / n) |mean risk - share of positives|` over `bins` equal parts of [0, 1] (Guo et al., ICML 2017)."""
+    risks, labels = _checked(risks, labels)
+    if risks.min() < 0 or risks.max() > 1:
+        raise InputError(f"risks lie within [0, 1]; these within [{float(risks.min())}, {float(risks.max())}]")
+    place = (risks * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, place, risks - labels.double())
+    return float(gaps.abs().sum() / len(risks))
+
+
+@dataclass(frozen=True)
+class ClozeStudy:
+    """Cloze cases with the model's answers judged. `labels` bool, `groups` int64 and each score are over the decided.
+
+    A case is decided when its greedy continuation begins with an entity; `cases` counts all of them.
+    """
+
+    labels: Tensor
+    groups: Tensor
+    scores: dict[str, Tensor]
+    cases: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of all cases in which the greedy continuation begins with the true entity."""
+        return float((~self.labels).sum()) / self.cases
+
+    def auroc(self, score: str = "eigenscore") -> Auroc:
+        """How well a score tells the hallucinated from the correct, with passages as groups."""
+        return auroc(self.scores[score], self.labels, self.groups)
+
+    @classmethod
+    def merged(cls, parts: Sequence["ClozeStudy"]) -> "ClozeStudy":
+        """One study of the parts that several workers made."""
+        return cls(
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.groups for part in parts]),
+            {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+            sum(part.cases for part in parts),
+        )
+
+
+def cloze_study(
+    lm: nn.Module,
+    tokenizer: Tokenizer,
+    cases: Sequence[ClozeCase],
+    settings: DetectionSettings | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    fixed_length: bool = False,
+    forward: Callable[..., Any] | None = None,
+) -> ClozeStudy:
+    """Let the model continue each case, judge its greedy continuation, and score its sampled ones (`answer_scores`).
+
+    A prompt too long for the model keeps its end. `batch_size` prompts are decoded together; `fixed_length` and
+    `forward` are those of `library.send.decode.sample`. Raises InputError when there are no cases.
+    """
+    settings = settings or DetectionSettings()
+    if not cases:
+        raise InputError("no cloze cases; the passages need named entities inside their sentences")
+    room = lm.config.max_position_embeddings - settings.max_new_tokens
+    prompts = [tokens[-room:] for tokens in tokenizer.encode([case.prompt for case in cases])]
+    labels: list[bool | None] = []
+    scores: list[dict[str, Tensor]] = []
+    for start in range(0, len(cases), batch_size):
+        decoded = settings.draw(
+            lm,
+            prompts[start : start + batch_size],
+            seed=seed,
+            stop_token=tokenizer.end_of_text,
+            fixed_length=fixed_length,
+            forward=forward,
+        )
+        scores.append(answer_scores(decoded, settings))
+        for case, answer in zip(cases[start : start + batch_size], decoded.greedy.token_lists(), strict=True):
+            ended = len(answer) < settings.max_new_tokens
+            labels.append(hallucinated(tokenizer.decode(answer), case.entity, ended=ended))
+    decided = torch.tensor([label is not None for label in labels])
+    return ClozeStudy(
+        torch.tensor([label for label in labels if label is not None], dtype=torch.bool),
+        torch.tensor([case.passage for case in cases])[decided],
+        {name: torch.cat([part[name] for part in scores])[decided] for name in scores[0]},
+        len(cases),
+    )
+
+
+def answer_scores(decoded: Decoded, settings: DetectionSettings) -> dict[str, Tensor]:
+    """Scores of each prompt, float64 (prompts,) on the CPU; of each, larger means more likely a hallucination.
+
+    eigenscore                  of the K sampled answers' embeddings, in `settings.convention`
+    length_normalised_entropy   `-(1/K) sum_k (1/N_k) sum_t log p(y_kt)` over the sampled answers' tokens
+                                (Malinin and Gales, ICLR 2021)
+    perplexity                  `exp(-(1/N) sum_t log p(y_t))` of the greedy answer
+    """
+    embeddings = decoded.sampled.embeddings
+    return {
+        "eigenscore": eigenscore(embeddings, convention=settings.convention, alpha=settings.alpha).cpu().double(),
+        "length_normalised_entropy": -decoded.sampled.mean_logprob.mean(-1).cpu().double(),
+        "perplexity": (-decoded.greedy.mean_logprob).exp().cpu().double(),
+    }
+
+
+@dataclass(frozen=True)
+class HaluEvalRow:
+    """A query, a model's response to it, and a person's judgement whether it hallucinates."""
+
+    id: str
+    user_query: str
+    response: str
+    hallucinated: bool
+
+
+def read_halueval(path: str | Path) -> list[HaluEvalRow]:
+    """The rows of HaluEval's general part (Li et al., EMNLP 2023), from JSON Lines, plain or with gzip (`.gz`).
+
+    Further fields are ignored. Raises InputError that names the line and the field.
+    """
+    fields = {"id": str, "user_query": str, "response": str, "hallucinated": bool}
+    rows = []
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                row = json.loads(line)
+                for name, kind in fields.items():
+                    if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                        raise InputError(f"{path} line {number}: {name} is missing or is no {kind.__name__}")
+                rows.append(HaluEvalRow(**{name: row[name] for name in fields}))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} line {len(rows) + 1}: not JSON ({error.msg})") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"{path} holds no rows")
+    return rows
+
+
+def _entities(words: Sequence[str]) -> list[tuple[int, int]]:
+    """Start and end of the longest runs of capitalised words, but for a run that opens the sentence."""
+    opening = next((i for i, word in enumerate(words) if word[0].isalnum()), 0)
+    runs, start = [], None
+    for i, word in enumerate([*words, ""]):
+        if _capitalised(word):
+            start = i if start is None else start
+        elif start is not None:
+            runs.append((start, i))
+            start = None
+    return [(start, end) for start, end in runs if start > opening and len(words[start]) > 1]
+
+
+def _capitalised(word: str) -> bool:
+    return _bare(word)[:1].isupper()
+
+
+def _bare(word: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", word)
+
+
+def _midranks(values: Tensor) -> Tensor:
+    """Ranks from 1 in float64; equal values share the mean of their ranks."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+
+
+def _checked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    scores, labels = torch.as_tensor(scores).detach().cpu().double(), torch.as_tensor(labels).cpu().bool()
+    if scores.dim() != 1 or scores.shape != labels.shape or not len(scores):
+        raise InputError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} must be vectors of one length")
+    if not scores.isfinite().all():
+        raise InputError(f"scores[{int((~scores.isfinite()).nonzero()[0])}] is not finite")
+    return scores, labels

@@ -188,6 +188,8 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
             raise InputError(f"{self.lm} has {positions} positions, {needed} are needed; use a shorter context")
         if self.dropping == "weights" and lm.config.model_type != "gpt_neox":
             raise InputError(f"dropping: 'weights' is defined for GPT-NeoX, not {lm.config.model_type}; use 'mask'")
+        if self.selection != "none":
+            drop_count(self.drop_fraction, lm.config.hidden_size)
         blocks = transformer_blocks(lm)
         if self.freeze_blocks > len(blocks):
             raise InputError(f"freeze_blocks: {self.freeze_blocks} of the {len(blocks)} blocks of {self.lm}")
@@ -348,7 +350,7 @@ def load_send(artifact: Artifact) -> tuple[SensitivityDropout, Tokenizer, SendRe
 def _check_whole(model: nn.Module) -> None:
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
     if sharded or type(model).__name__ == "DeepSpeedEngine":
-        raise InputError("dropping: 'weights' writes into parameters, which this engine keeps elsewhere; use engine ddp")
+        raise InputError("dropping: 'weights' writes into parameters, which this engine shards or copies; use ddp")
 
 
 def _shape(parameter: Tensor) -> torch.Size:

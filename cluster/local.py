@@ -124,6 +124,7 @@ class LocalCluster:
         """All nodes that were ever started, in that order, as Ray sees them now: a death is noticed after a moment."""
         import ray
 
+        self._running()
         seen = {node["NodeID"]: node for node in ray.nodes()}
         return [
             LocalNode(

@@ -115,7 +115,7 @@ def open_output(uri: Location) -> Iterator[BinaryIO]:
     if is_local(uri):
         path = local_path(uri)
         with files.storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_parent(path)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
                 with temporary.open("wb") as stream:
@@ -198,6 +198,13 @@ def remove(uri: Location) -> None:
             filesystem.delete_dir(path)
         elif kind != FileType.NotFound:
             filesystem.delete_file(path)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise PrismError(f"cannot write {path}: a parent of it is a file; choose another folder") from error
 
 
 def _put(file: Path, uri: Location) -> None:

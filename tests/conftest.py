@@ -1,5 +1,6 @@
 """What every test may rely on: its own registry, one BLAS thread, and Ray when it asks for it."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from cluster import Connection, connect
 from cluster.local import LocalCluster
+from cluster.registry_session import session
 
 CPUS = 4  # logical: Ray only schedules by them
 
@@ -78,6 +80,21 @@ def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     return home
+
+
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of an embedded registry that holds nothing: creating one takes MLflow several seconds."""
+    file = tmp_path_factory.mktemp("registry") / "registry.db"
+    with session(f"sqlite:///{file}", create=True):
+        return file
+
+
+@pytest.fixture
+def ready_registry(private_home: Path, empty_registry: Path) -> Path:
+    """This test's own registry, created already; for tests that register but do not test the creation."""
+    private_home.mkdir()
+    return Path(shutil.copy(empty_registry, private_home))
 
 
 @pytest.fixture(autouse=True, scope="session")

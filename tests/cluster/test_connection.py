@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import ray
 
-from cluster import connect
+from cluster import connect, probe
 from cluster.connection import ONE_THREAD, ROOT, runtime_environment
 from library.errors import InputError, PrismError
 
@@ -91,6 +92,36 @@ def test_another_process_joins_by_ray_address_and_ships_the_project(ray_cluster)
     assert ray.nodes()[0]["Alive"]
 
 
+@pytest.fixture
+def client_server(ray_cluster, closed_port) -> Iterator[str]:
+    """The address of a Ray Client server in front of the session's Ray, as `ray start --head` runs one."""
+    agent = ray.nodes()[0]["RuntimeEnvAgentPort"]
+    host = ray_cluster.address.rpartition(":")[0]
+    arguments = ["--host=127.0.0.1", f"--port={closed_port}", "--mode=proxy", f"--address={ray_cluster.address}"]
+    arguments.append(f"--runtime-env-agent-address=http://{host}:{agent}")
+    server = subprocess.Popen([sys.executable, "-m", "ray.util.client.server", *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            probe.ray_client(f"127.0.0.1:{closed_port}")
+            break
+        except PrismError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    yield f"ray://127.0.0.1:{closed_port}"
+    server.terminate()
+    server.wait()
+
+
+def test_another_machine_joins_through_ray_client_and_ships_the_project(client_server):
+    done = join(client_server)
+    assert done.returncode == 0, done.stderr
+    started, cpus, threads, folder = done.stdout.split()
+    assert (started, cpus, threads) == ("False", "4.0", "1")
+    assert "working_dir_files" in folder
+    assert done.stderr == ""
+
+
 def test_inside_a_ray_job_what_the_job_set_is_left_alone(ray_cluster):
     job = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "3", "PYTHONPATH": str(ROOT)}, "working_dir": "gcs://x.zip"}}
     wanted = _inside(job)
@@ -136,8 +167,6 @@ def test_an_unknown_host_is_one_line(no_ray):
 
 def test_a_client_port_is_not_a_cluster(ray_cluster):
     """The raylet's own port speaks gRPC but is not the head's."""
-    from cluster import probe
-
     node = ray.nodes()[0]
     with pytest.raises(PrismError, match="another service uses that port"):
         probe.ray_cluster(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")

@@ -74,7 +74,9 @@ def test_work_survives_a_killed_node_and_a_new_node_takes_it(local_cluster, tmp_
 
 def test_nothing_is_left_after_an_exception_and_another_cluster_can_follow(no_ray):
     def raylets() -> set[str]:
-        listing = subprocess.run(["ps", "-ww", "-eo", "ppid,pid,args"], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["ps", "-ww", "-eo", "ppid,pid,args"], capture_output=True, text=True, check=True
+        ).stdout
         mine = (line.split(None, 2) for line in listing.splitlines()[1:])
         return {pid for parent, pid, args in mine if parent == str(os.getpid()) and "raylet" in args.split()[0]}
 

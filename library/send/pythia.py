@@ -143,10 +143,10 @@ def from_config(config: "PretrainedConfig") -> "PreTrainedModel":
 
 @torch.no_grad()
 def initialise(lm: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw a GPT-NeoX's weights as the suite was: biases 0, norms 1, matrices normal with mean 0 and
+    """Draw a GPT-NeoX's weights as the suite's were: biases 0, norms 1, matrices normal with mean 0.
 
-    std sqrt(2 / (5 d)) ("small init", Nguyen and Salazar 2019), but 2 / (L sqrt(d)) in the two maps of each block
-    that write to the residual stream ("Wang init", Wang and Komatsuzaki 2021).
+    Their deviation is sqrt(2 / (5 d)) ("small init", Nguyen and Salazar 2019), but 2 / (L sqrt(d)) in the two maps
+    of each block that write to the residual stream ("Wang init", Wang and Komatsuzaki 2021).
     """
     d, depth = lm.config.hidden_size, lm.config.num_hidden_layers
     small, wang = math.sqrt(2 / (5 * d)), 2 / (depth * math.sqrt(d))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -101,6 +101,8 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     """Divide each coordinate by its deviation over the texts, so that a large scale alone is not sensitive."""
     tracking_texts: PositiveInt = 64
     """How many validation documents are tracked."""
+    record_batch: PositiveInt = 8
+    """Tracking texts, or prompts, that one worker handles at a time at an epoch's end."""
 
     prompts: NonNegativeInt = 8
     """Test documents whose openings are continued at each epoch's end to log EigenScore and EES; 0 leaves that out."""
@@ -112,6 +114,12 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     """Stop when the validation loss is below this (and EES below its own threshold, when set)."""
     ees_threshold: float | None = None
     """Stop when EES is below this (and the loss below its own threshold, when set)."""
+
+    @model_validator(mode="after")
+    def _ees_is_measured(self) -> Self:
+        if self.ees_threshold is not None and not self.prompts:
+            raise ValueError("ees_threshold: EES is not measured with prompts=0; use prompts=8, say")
+        return self
 
     @classmethod
     def pretraining(cls, size: str, **changes: Any) -> Self:
@@ -221,9 +229,10 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over target tokens: `loss` and next-token `entropy` with nothing dropped (nats), and `loss_masked`
+        """Means over target tokens, in nats.
 
-        with the current mask, when there is one. The perplexity is `exp(loss)` of the mean over all workers.
+        `loss` and the next-token `entropy` are with nothing dropped, `loss_masked` is with the current mask, when there
+        is one. The perplexity is `exp(loss)` of the mean over all workers, which is no mean itself.
         """
         inner: SensitivityDropout = unwrap(model)
         masked = inner.masking and len(inner.dropped) > 0
@@ -255,7 +264,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
         inner: SensitivityDropout = unwrap(model)
         if self._tracks():
             texts = material.tracking_texts(self.material().validation, self.tracking_texts, self.context)
-            inner.record(embed_texts(model, *texts, form=self.form, batch_size=self.batch_size))
+            inner.record(embed_texts(model, *texts, form=self.form, batch_size=self.record_batch))
         if self.selection != "none" and epoch % self.window == 0:
             before = inner.dropped
             inner.drop(self._select(inner, epoch))
@@ -302,10 +311,10 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
         rows, own = padded_share(len(prompts))
         sums = torch.zeros(3, dtype=torch.float64)
         with inner.without_mask():
-            for start in range(0, len(rows), self.batch_size):
+            for start in range(0, len(rows), self.record_batch):
                 answers = self.answers.draw(
                     inner.lm,
-                    [prompts[row] for row in rows[start : start + self.batch_size]],
+                    [prompts[row] for row in rows[start : start + self.record_batch]],
                     seed=self.seed,
                     stop_token=made.tokenizer.end_of_text,
                     fixed_length=collective.active(),

@@ -251,7 +251,7 @@ def test_frozen_blocks_do_not_learn():
 
 
 def test_stopping_needs_every_threshold_that_is_set():
-    both = micro(loss_threshold=2.0, ees_threshold=-1.0)
+    both = micro(loss_threshold=2.0, ees_threshold=-1.0, prompts=2)
     assert both.finished(1, {"loss": 1.9, "ees": -1.1})
     for metrics in (
         {"loss": 1.9, "ees": -0.9},

@@ -7,11 +7,14 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from library.errors import InputError
+from library.artifact import write_artifact
+from library.errors import ArtifactError, InputError
+from library.recipe import seeded_model
 from library.send.detection import Calibration, DetectionSettings
 from library.send.detector import HallucinationDetector
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore
+from library.send.recipe import SendRecipe
 from library.send.tokens import ByteTokenizer
 
 PROMPTS = ["The capital of France is", "Two", "In the county of North Norfolk"]
@@ -234,3 +237,33 @@ def test_activations_that_are_not_finite_name_the_prompt():
         broken.detect(["Two", "Two z"])
     with pytest.raises(InputError, match=r"texts\[1\]: the model's activations are not finite"):
         broken.score(["Two", "Two z"])
+
+
+def test_detector_of_an_artifact(tmp_path):
+    answers = DetectionSettings(samples=3, max_new_tokens=5)
+    recipe = SendRecipe(corpus="truthfulqa", tokenizer="bytes", answers=answers, layer="middle", tracking_texts=4)
+    model = seeded_model(recipe).eval()
+    dropped = torch.tensor([1, 7, 100])
+    model.drop(dropped)
+    calibration = Calibration(torch.tensor([-9.0, 9.0]).double(), torch.tensor([0.2, 0.8]).double())
+    contents = {"weights": model.state_dict(), "recipe": recipe.model_dump(mode="json"), "metrics": {}, "data": ""}
+    arrays, texts = recipe.attachments(model)
+    artifact = write_artifact(
+        tmp_path / "whole", kind="send", arrays=arrays | calibration.arrays(), texts=texts, **contents
+    )
+    detector = HallucinationDetector.from_artifact(artifact)
+    assert detector.defaults == answers
+    [found] = detector.detect(PROMPTS[:1])
+    with model.without_mask():
+        [expected] = HallucinationDetector(model.lm, detector.tokenizer, calibration, answers).detect(PROMPTS[:1])
+    assert found == expected
+    assert 0.2 <= found.risk <= 0.8
+    with model.without_mask(), torch.no_grad():
+        ids = torch.tensor(detector.tokenizer.encode(PROMPTS[:1]))
+        squares = model.lm(ids, output_hidden_states=True).hidden_states[2].square()
+    [score] = detector.score(PROMPTS[:1])
+    assert score.sensitive_energy == pytest.approx(float(squares[..., dropped].sum() / squares.sum()), rel=1e-4)
+
+    foreign = write_artifact(tmp_path / "foreign", kind="other", texts=texts, **contents)
+    with pytest.raises(ArtifactError, match="not of 'send'"):
+        HallucinationDetector.from_artifact(foreign)

@@ -7,6 +7,7 @@ singular value, so that A has its spectrum in [0, 1]. Source: "Hallucination Det
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,7 @@ def choose_method(
     """The rule: exact up to min(K, d) = 2 N_z M, then "kpm" for the paper's kind and "slq" for the regularised one.
 
     Exact costs K d min(K, d) multiplications for the Gram matrix of the smaller side, and its eigenvalues; N_z probes
-    to degree M cost K d N_z M, as thin products that run at about half the speed. Exact has no error.
+    to degree M cost K d N_z M, and their largest singular value about as much again. Exact has no error.
     """
     side, limit = min(answers, features), 2 * probes * moments
     sizes = f"min(K, d) = {side} with K = {answers} answers of d = {features} features"
@@ -207,25 +208,29 @@ def _exact(rows: Tensor, kind: Kind, degree: int, alpha: float) -> Tensor:
 
 
 def _kpm(rows: Tensor, vectors: Tensor, kind: Kind, degree: int, alpha: float) -> Estimate:
-    scaled = rows / _largest_singular_value(rows)
+    gram = _gram(rows / _largest_singular_value(rows))
     if kind == "paper":
-        samples = chebyshev_moments(lambda z: scaled @ (scaled.mT @ z), vectors, degree)
+        samples = chebyshev_moments(gram, vectors, degree)
         return Estimate.of_samples(samples @ paper_coefficients(degree).to(rows))
-    samples = chebyshev_moments(lambda z: 2 * (scaled @ (scaled.mT @ z)) - z, vectors, degree)
+    samples = chebyshev_moments(lambda z: 2 * gram(z) - z, vectors, degree)
     return Estimate.of_samples(samples @ regularised_coefficients(degree, alpha).to(rows))
 
 
 def _slq(rows: Tensor, vectors: Tensor, kind: Kind, degree: int, alpha: float) -> Estimate:
-    scaled = rows / _largest_singular_value(rows)
-    density = lanczos_quadrature(lambda z: scaled @ (scaled.mT @ z), vectors, (degree + 2) // 2)
-    return density.mean(lambda nodes: (nodes.clamp(min=0) + alpha).log())
+    gram = _gram(rows / _largest_singular_value(rows))
+    return lanczos_quadrature(gram, vectors, (degree + 2) // 2).mean(lambda nodes: (nodes.clamp(min=0) + alpha).log())
+
+
+def _gram(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """X X^T as a function on blocks of columns, written for blocks stored column by column (three times as fast)."""
+    return lambda block: (block.mT @ rows @ rows.mT).mT
 
 
 def _largest_singular_value(rows: Tensor) -> Tensor:
     """sigma_max of each prompt as (..., 1, 1), from Lanczos with a fixed random start; 1 where the matrix is 0."""
     start = random_probes(rows.shape[-2], 1, generator=torch.Generator().manual_seed(0), kind="gaussian")
     start = start.to(rows).expand(*rows.shape[:-1], 1)
-    high = spectral_bounds(lambda z: rows @ (rows.mT @ z), start)[1]
+    high = spectral_bounds(_gram(rows), start)[1]
     return torch.where(high > 0, high, 1.0).sqrt()[..., None, None]
 
 
@@ -234,7 +239,8 @@ def _probes(probes: int | Tensor, answers: int, seed: int, rows: Tensor) -> Tens
         probes = random_probes(answers, probes, generator=torch.Generator().manual_seed(seed))
     elif probes.ndim != 2 or probes.shape[0] != answers:
         raise InputError(f"probes must have shape (K, N_z) with K = {answers}, got {tuple(probes.shape)}")
-    return probes.to(rows).expand(*rows.shape[:-2], *probes.shape)
+    by_column = probes.to(rows).mT.contiguous()
+    return by_column.expand(*rows.shape[:-2], *by_column.shape).mT
 
 
 def _floor(kind: Kind, degree: int, alpha: float) -> float:

@@ -25,8 +25,8 @@ the answers removed.
 ALPHA = 1e-3
 """The regulariser of INSIDE (Chen et al., 2024, section 4.1)."""
 
-GRAM_PRECISION = 1e-8
-"""Largest rounding error of a Gram matrix, relative to alpha, before its factor is decomposed instead."""
+PIVOT_PRECISION = 1e-8
+"""Largest relative rounding error of a Cholesky pivot before singular values are taken instead."""
 
 RATIO_PRECISION = 1e-6
 """Smallest ratio of determinants that the update is trusted with; rounding leaves it about ten digits."""
@@ -36,7 +36,8 @@ def eigenscore(embeddings: Tensor, *, convention: Convention = "inside", alpha: 
     """The score of each prompt: float64 of the leading shape, for embeddings (..., K, d). See `Convention`.
 
     The determinant is taken on the smaller of the K and d sides by Cholesky, at the cost d K^2 (or K d^2). Prompts
-    whose embeddings are so large that squaring them would lose alpha are decomposed by singular values instead.
+    whose pivots lose more than about eight digits, because embeddings are large and nearly dependent, go through
+    singular values instead.
 
     Raises InputError for K < 2, d < 2, alpha <= 0, an unknown convention, or non-finite embeddings, naming the prompt.
 
@@ -46,12 +47,13 @@ def eigenscore(embeddings: Tensor, *, convention: Convention = "inside", alpha: 
     """
     centred = _centred(embeddings, convention, alpha)
     answers, features = centred.shape[-2:]
-    small = min(answers, features)
     gram = centred @ centred.mT if answers <= features else centred.mT @ centred
-    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(small, dtype=gram.dtype, device=gram.device))
-    total = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    imprecise = (failed != 0) | (energy * torch.finfo(gram.dtype).eps > GRAM_PRECISION * alpha)
+    gram.diagonal(dim1=-2, dim2=-1).add_(alpha)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    total = 2 * pivots.log().sum(-1)
+    cancellation = (gram.diagonal(dim1=-2, dim2=-1) / pivots.square()).amax(-1) * torch.finfo(gram.dtype).eps
+    imprecise = (failed != 0) | ~(cancellation < PIVOT_PRECISION)
     if bool(imprecise.any()):
         total = total.masked_scatter(imprecise, (_squared_singular_values(centred[imprecise]) + alpha).log().sum(-1))
     return (total + _null_directions(convention, answers, features) * math.log(alpha)) / (answers * _unit(convention))

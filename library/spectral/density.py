@@ -5,7 +5,7 @@ polynomial of the first kind, T_m(cos t) = cos(m t). Leading dimensions are inde
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -135,43 +135,13 @@ def lanczos(operator: Operator, start: Tensor, steps: int) -> Tridiagonal:
 
     When a column's Krylov space becomes invariant its recurrence stops: later diagonal entries repeat its first one
     (a Rayleigh quotient, hence inside the spectrum) and later off-diagonal entries are 0, which gives them weight 0
-    in a quadrature. Holds (..., p, steps, n) numbers. Raises InputError for a zero or non-finite start vector, fewer
-    than one step, or an operator that is not symmetric.
+    in a quadrature. Holds at most (..., p, 2 steps, n) numbers. Raises InputError for a zero or non-finite start
+    vector, fewer than one step, or an operator that is not symmetric.
     """
     if steps < 1:
         raise InputError(f"Lanczos needs at least one step, got {steps}")
-    n, columns = start.shape[-2:]
-    steps = min(steps, n)
-    norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
-    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-        raise InputError("Lanczos cannot start from a zero or non-finite vector")
-    vector = start / norms
-    basis = start.new_zeros((*start.shape[:-2], columns, steps, n))
-    diagonal, off_diagonal = [], []
-    scale = start.new_zeros((*start.shape[:-2], columns))
-    alive = torch.ones_like(scale, dtype=torch.bool)
-    tolerance = 10 * n**0.5 * torch.finfo(start.dtype).eps
-    for step in range(steps):
-        basis[..., step, :] = vector.mT
-        image = product(operator, vector)
-        if step == 0:
-            if image.shape != vector.shape:
-                raise InputError(f"Lanczos' start {tuple(start.shape)} lacks leading dimensions of the operator")
-            _require_symmetric(operator, vector, image)
-        rayleigh = (vector * image).sum(-2)
-        diagonal.append(torch.where(alive, rayleigh, diagonal[0]) if diagonal else rayleigh)
-        known, rest = basis[..., : step + 1, :], image.mT.unsqueeze(-1)
-        for _ in range(2):
-            rest = rest - known.mT @ (known @ rest)
-        rest = rest.squeeze(-1).mT
-        norm = torch.linalg.vector_norm(rest, dim=-2)
-        scale = torch.maximum(scale, rayleigh.abs() + norm)
-        alive = alive & (norm > tolerance * scale)
-        off_diagonal.append(torch.where(alive, norm, 0.0))
-        vector = torch.where(alive, 1 / norm, 0.0).unsqueeze(-2) * rest
-        if not bool(alive.any()):
-            break
-    return Tridiagonal(torch.stack(diagonal, -1), _stack(off_diagonal[:-1], scale), off_diagonal[-1])
+    *_, last = _krylov(operator, start, min(steps, start.shape[-2]))
+    return _tridiagonal(*last)
 
 
 @dataclass(frozen=True)
@@ -224,36 +194,84 @@ def exact_quadrature(operator: Operator, like: Tensor) -> Quadrature:
 
 
 def spectral_bounds(
-    operator: Operator, start: Tensor, *, tolerance: float = 1e-8, limit: int = 512
+    operator: Operator, start: Tensor, *, tolerance: float = 1e-6, limit: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds of the spectrum, each the extreme Ritz value moved outwards by its residual norm.
+    """Lower and upper bounds of the spectrum: the extreme Ritz values, each moved outwards by its error bound.
 
-    Lanczos steps are doubled from 32 until both residuals are at most `tolerance` times the spectrum's magnitude, or
-    `limit` steps or the dimension are reached. `start` (..., n, p), one column being enough; bounds have the leading
-    shape. The start must not be orthogonal to the extreme eigenvectors: take random entries.
+    A Ritz value with residual norm r errs by at most r, and by r^2 / gap when the next Ritz value is `gap` away (Kato
+    and Temple). Lanczos goes on until both bounds, looked at every eighth step, are at most `tolerance` times the
+    spectrum's magnitude, or until `limit` steps or the dimension. `start` (..., n, p), one column being enough; results
+    have the leading shape. The start must not be orthogonal to the extreme eigenvectors: take random entries.
     Raises what `lanczos` raises.
     """
-    n = start.shape[-2]
-    steps = min(32, n)
-    while True:
-        run = lanczos(operator, start, steps)
+    limit = min(limit, start.shape[-2])
+    for diagonal, off_diagonal in _krylov(operator, start, limit):
+        steps = len(diagonal)
+        invariant = not bool(off_diagonal[-1].any())
+        if steps % 8 and steps < limit and not invariant:
+            continue
+        run = _tridiagonal(diagonal, off_diagonal)
         values, vectors = run.eigh()
-        errors = run.residual.unsqueeze(-1) * vectors[..., -1, :].abs()
-        low, high = (values[..., 0] - errors[..., 0]).amin(-1), (values[..., -1] + errors[..., -1]).amax(-1)
-        magnitude = torch.maximum(low.abs(), high.abs())
-        worst = torch.maximum(errors[..., 0], errors[..., -1]).amax(-1)
-        if steps >= min(n, limit) or bool((worst <= tolerance * magnitude).all()):
-            return low, high
-        steps = min(2 * steps, n, limit)
+        residuals = run.residual.unsqueeze(-1) * vectors[..., -1, :].abs()
+        gaps = values.diff(dim=-1) if steps > 1 else torch.zeros_like(values)
+        low_error = _ritz_error(residuals[..., 0], gaps[..., 0])
+        high_error = _ritz_error(residuals[..., -1], gaps[..., -1])
+        low, high = (values[..., 0] - low_error).amin(-1), (values[..., -1] + high_error).amax(-1)
+        worst = torch.maximum(low_error, high_error).amax(-1)
+        if bool((worst <= tolerance * torch.maximum(low.abs(), high.abs())).all()):
+            break
+    return low, high
+
+
+def _krylov(operator: Operator, start: Tensor, limit: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Diagonal and off-diagonal entries (..., p) after each step of Lanczos; the last off-diagonal is the residual."""
+    n, columns = start.shape[-2:]
+    norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
+    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+        raise InputError("Lanczos cannot start from a zero or non-finite vector")
+    vector = start / norms
+    basis = start.new_zeros((*start.shape[:-2], columns, min(16, limit), n))
+    diagonal, off_diagonal = [], []
+    scale = start.new_zeros((*start.shape[:-2], columns))
+    alive = torch.ones_like(scale, dtype=torch.bool)
+    tolerance = 10 * n**0.5 * torch.finfo(start.dtype).eps
+    for step in range(limit):
+        if step == basis.shape[-2]:
+            basis = torch.cat([basis, torch.zeros_like(basis[..., : limit - step, :])], -2)
+        basis[..., step, :] = vector.mT
+        image = product(operator, vector)
+        if step == 0:
+            if image.shape != vector.shape:
+                raise InputError(f"Lanczos' start {tuple(start.shape)} lacks leading dimensions of the operator")
+            _require_symmetric(operator, vector, image)
+        rayleigh = (vector * image).sum(-2)
+        diagonal.append(torch.where(alive, rayleigh, diagonal[0]) if diagonal else rayleigh)
+        known, rest = basis[..., : step + 1, :], image.mT.unsqueeze(-1)
+        for _ in range(2):
+            rest = rest - known.mT @ (known @ rest)
+        rest = rest.squeeze(-1).mT
+        norm = torch.linalg.vector_norm(rest, dim=-2)
+        scale = torch.maximum(scale, rayleigh.abs() + norm)
+        alive = alive & (norm > tolerance * scale)
+        off_diagonal.append(torch.where(alive, norm, 0.0))
+        yield diagonal, off_diagonal
+        if not bool(alive.any()):
+            return
+        vector = torch.where(alive, 1 / norm, 0.0).unsqueeze(-2) * rest
+
+
+def _tridiagonal(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> Tridiagonal:
+    beside = torch.stack(off_diagonal[:-1], -1) if len(diagonal) > 1 else diagonal[0].new_zeros((*diagonal[0].shape, 0))
+    return Tridiagonal(torch.stack(diagonal, -1), beside, off_diagonal[-1])
+
+
+def _ritz_error(residual: Tensor, gap: Tensor) -> Tensor:
+    return torch.where(residual < gap, residual**2 / gap, residual)
 
 
 def _chebyshev_values(points: Tensor, degree: int) -> Tensor:
     orders = torch.arange(degree + 1, dtype=points.dtype, device=points.device)
     return torch.cos(torch.arccos(points.clamp(-1, 1)).unsqueeze(-1) * orders)
-
-
-def _stack(columns: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(columns, -1) if columns else like.new_zeros((*like.shape, 0))
 
 
 def _rounding(dtype: torch.dtype) -> float:

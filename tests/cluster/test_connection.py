@@ -147,8 +147,18 @@ def test_an_installed_package_ships_its_modules(tmp_path, monkeypatch):
     assert "PYTHONPATH" not in runtime_environment(ship=False)["env_vars"]
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-@pytest.mark.parametrize("port", ["closed_port", "silent_port", "web_port"])
+def test_a_raylets_port_is_not_a_cluster(ray_cluster):
+    """The raylet's own port speaks gRPC but is not the head's."""
+    node = ray.nodes()[0]
+    with pytest.raises(PrismError, match="another service uses that port"):
+        probe.ray_cluster(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    probe.ray_cluster(ray_cluster.address)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "port"),
+    [("", "closed_port"), ("", "silent_port"), ("", "web_port"), ("ray://", "closed_port"), ("ray://", "silent_port")],
+)
 def test_no_ray_at_the_address_is_one_line_soon(no_ray, request, scheme, port):
     address = f"{scheme}127.0.0.1:{request.getfixturevalue(port)}"
     start = time.monotonic()
@@ -163,14 +173,6 @@ def test_no_ray_at_the_address_is_one_line_soon(no_ray, request, scheme, port):
 def test_an_unknown_host_is_one_line(no_ray):
     with pytest.raises(PrismError, match=r"no Ray cluster at nosuchhost\.invalid:6379: "):
         connect("nosuchhost.invalid:6379")
-
-
-def test_a_client_port_is_not_a_cluster(ray_cluster):
-    """The raylet's own port speaks gRPC but is not the head's."""
-    node = ray.nodes()[0]
-    with pytest.raises(PrismError, match="another service uses that port"):
-        probe.ray_cluster(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-    probe.ray_cluster(ray_cluster.address)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,14 @@ def test_empty_answers_fall_back_to_the_last_token_of_the_prompt(neox):
     assert (decoded.greedy.mean_logprob == 0).all()
 
 
+def test_equal_samples_of_a_prompt_share_an_embedding():
+    tokens = torch.tensor([[[5, 0], [5, 0], [6, 7], [5, 0]], [[5, 0], [6, 7], [6, 7], [8, 9]]])
+    lengths = torch.tensor([[1, 2, 2, 1], [1, 2, 2, 2]])  # a token 0 may be one of the answer's own
+    rounded_apart = torch.arange(8.0).reshape(2, 4, 1)
+    shared = decode._sharing_embeddings(decode.Answers(tokens, lengths, torch.zeros(2, 4, 2), rounded_apart))
+    assert shared.embeddings[..., 0].tolist() == [[0, 1, 2, 0], [4, 5, 5, 7]]
+
+
 def test_an_earlier_hook_on_the_block_is_seen(neox):
     mask = torch.ones(WIDTH)
     mask[::3] = 0

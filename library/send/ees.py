@@ -61,14 +61,16 @@ def choose_method(
     """The rule: exact up to min(K, d) = 2 N_z M, then "kpm" for the paper's kind and "slq" for the regularised one.
 
     Exact costs K d min(K, d) multiplications for the Gram matrix of the smaller side, and its eigenvalues; N_z probes
-    to degree M cost K d N_z M, and their largest singular value about as much again. Exact has no error.
+    to degree M cost K d N_z M, and a few dozen products for the largest singular value. Exact has no sampling error.
+    On one CPU core the times cross later, between 2.5 and 4 N_z M, because a Gram matrix is one large product
+    (`benchmarks/eigenscore.py`).
     """
     side, limit = min(answers, features), 2 * probes * moments
-    sizes = f"min(K, d) = {side} with K = {answers} answers of d = {features} features"
+    sizes = f"min(K, d) = {side} for K = {answers} answers of d = {features} features"
     if side <= limit:
-        return Choice("exact", f"exact: {sizes} is at most 2 N_z M = {limit}, so the Gram matrix is cheaper")
+        return Choice("exact", f"exact: {sizes} is at most 2 N_z M = {limit}, so probes would save nothing")
     method: Method = "kpm" if kind == "paper" else "slq"
-    return Choice(method, f"{method}: {sizes} exceeds 2 N_z M = {limit}, so {probes} random probes are cheaper")
+    return Choice(method, f"{method}: {sizes} is above 2 N_z M = {limit}, so {probes} random probes multiply less")
 
 
 def ees(

@@ -105,7 +105,7 @@ def main() -> None:
     report(rows, Console())
     if options.out:
         settings = {"moments": MOMENTS, "probes": PROBES, "alpha": ALPHA, "degree": regularised_degree(ALPHA)}
-        machine = {"processor": platform.processor(), "threads": options.threads, "torch": torch.__version__}
+        machine = {"processor": platform.machine(), "threads": options.threads, "torch": torch.__version__}
         options.out.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
 
 

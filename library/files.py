@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder on this machine, removed when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="prism-") as folder:
+        yield Path(folder)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it to `path`."""
     with storage_errors(path):
@@ -67,6 +75,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         errno.EPERM: "no permission to write there; choose a folder that you own",
         errno.EROFS: "the file system is read-only; choose another folder",
         errno.ENOTDIR: "a parent of it is a file; choose another folder",
+        errno.EEXIST: "a parent of it is a file; choose another folder",
     }
     try:
         yield

@@ -57,6 +57,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     kind: ClassVar[str]
     metric: ClassVar[str] = "loss"  # the entry of `evaluate` that decides which checkpoint is best
     mode: ClassVar[Literal["min", "max"]] = "min"
+    unit: ClassVar[str] = "samples"  # what `count` counts
 
     seed: NonNegativeInt = 0
     """Seed of the weights, of the order of samples, and of all noise."""
@@ -116,6 +117,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def finished(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether to stop early, asked after each evaluation with its metrics and the last ones of `after_step`."""
         return False
+
+    def flops_per_unit(self, model: nn.Module) -> float | None:
+        """Floating-point operations of forward and backward per unit of `count`, for the model's utilisation."""
+        return None
 
     def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Named tensors and named texts that the artifact holds beside the weights (a tokeniser, a calibration)."""
@@ -200,7 +205,7 @@ def fit(
             schedule.step()
         model.eval()
         extra = recipe.after_step(model, step + 1) or {}
-        metrics = {name: float(value) for name, value in losses.items()} | extra
+        metrics = {name: float(value.detach()) for name, value in losses.items()} | extra
         for callback in callbacks:
             callback(step + 1, metrics)
     model.eval()

@@ -42,6 +42,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     """
 
     kind: ClassVar[str] = "send"
+    unit: ClassVar[str] = "tokens"
 
     steps: PositiveInt = 300
     """Optimiser steps."""
@@ -280,6 +281,12 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
         limits = {"loss": self.loss_threshold, "ees": self.ees_threshold}
         asked = {name: limit for name, limit in limits.items() if limit is not None}
         return bool(asked) and all(metrics.get(name, math.inf) < limit for name, limit in asked.items())
+
+    def flops_per_unit(self, model: nn.Module) -> float:
+        """6 per parameter outside the input embedding, and 12 L d T for attention over T tokens, per token."""
+        lm = unwrap(model).lm
+        weights = sum(p.numel() for p in lm.parameters()) - lm.get_input_embeddings().weight.numel()
+        return 6 * weights + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * self.context
 
     def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         texts = {

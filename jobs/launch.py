@@ -1,0 +1,352 @@
+"""The driver's side of a training job: check, start Ray Train, show progress, stop on demand, keep the result."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import connect, registry, storage
+from jobs import curves
+from jobs.board import Board, Poster
+from jobs.checkpoint import Checkpoint, best_checkpoint, complete, model_weights
+from jobs.display import Display
+from jobs.history import read_history
+from jobs.report import Report
+from library import files
+from library.artifact import write_artifact
+from library.errors import InputError, NonFiniteError, PrismError
+from library.recipe import seeded_model
+from library.weights import load_tensors
+
+if TYPE_CHECKING:
+    from jobs.training import Outcome, TrainingJob
+
+RECORD = "job.json"
+LOOK_S = 0.2  # between two looks at the board
+LOG_S = 5.0  # between two writes to the registry
+
+
+def launch(job: "TrainingJob") -> Report:
+    """Run a training job to its end on the connected cluster (connecting locally when there is none)."""
+    began = time.monotonic()
+    connect()
+    _check_room(job)
+    folder = _open_folder(job)
+    name = os.path.basename(folder.split("?")[0])
+    resume = f"prism run {job.job} --name {name} --resume" + (f" --storage {job.storage}" if job.storage else "")
+    tracking = Tracking(job)
+    try:
+        outcome, notes = _follow(job, folder, name, tracking)
+    except BaseException as error:
+        done = complete(storage.join(folder, "checkpoints"))
+        tracking.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if isinstance(error, KeyboardInterrupt):
+            raise PrismError(f"aborted; {_saved(done)}: {resume}") from None
+        if isinstance(error, PrismError) or not isinstance(error, Exception):
+            raise
+        raise _explained(error, f"{_saved(done)}: {resume}" if done else None) from error
+    if outcome.reason == "refused":
+        tracking.finish("FAILED")
+        storage.remove(folder)
+        raise InputError(outcome.message)
+    if outcome.reason == "non-finite":
+        tracking.finish("FAILED")
+        raise NonFiniteError(outcome.message)
+    report = _report(job, folder, name, notes + tracking.notes)
+    if outcome.reason == "stopped":
+        tracking.finish("KILLED")
+        report.notes.append(f"stopped at step {outcome.step} of {job.recipe.steps}; go on with: {resume}")
+    else:
+        _keep(job, folder, report, tracking)
+        tracking.finish("FINISHED")
+    report.seconds = time.monotonic() - began
+    if storage.is_local(folder):
+        report.folder = str(report.save(storage.local_path(folder) / "report"))
+    return report
+
+
+class Tracking:
+    """The run in the registry. A registry that fails costs a note, never the training."""
+
+    def __init__(self, job: "TrainingJob") -> None:
+        self.run: registry.Run | None = None
+        self.notes: list[str] = []
+        self._pending: dict[int, dict[str, float]] = {}
+        self._written = time.monotonic()
+        with self._tolerant():
+            self.run = registry.start_run(job.job, job.record())
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a step's metrics, in batches."""
+        self._pending[step] = metrics
+        if time.monotonic() - self._written > LOG_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the newest of what was recorded: the curves themselves are in the run's folder."""
+        pending, self._pending = self._pending, {}
+        self._written = time.monotonic()
+        if self.run is not None and pending:
+            step = max(pending)
+            with self._tolerant():
+                registry.log_metrics(self.run, {k: v for k, v in pending[step].items() if v == v}, step)
+
+    def finish(self, status: registry.Status) -> None:
+        """Record how the run ended."""
+        self.flush()
+        if self.run is not None:
+            with self._tolerant():
+                registry.finish_run(self.run, status)
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except PrismError as error:
+            self.run = None
+            self.notes.append(f"the registry does not record this run: {error}")
+
+
+def _follow(job: "TrainingJob", folder: str, name: str, tracking: Tracking) -> "tuple[Outcome, list[str]]":
+    """Start Ray Train in a thread, and show what the workers post until it ends."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    ended: list[BaseException | None] = []
+    thread = threading.Thread(target=_fit, args=(job, folder, board, ended), daemon=True)
+    outcome, notes, asked = None, [], False
+    with (
+        Display(name, job.recipe.steps, job.recipe.unit, device=_accelerator(job)) as display,
+        _interrupts() as interrupts,
+    ):
+        thread.start()
+        while True:
+            over = bool(ended)
+            for event in ray.get(board.take.remote()):
+                display.show(event)
+                if "note" in event:
+                    notes.append(event["note"])
+                if "step" in event:
+                    tracking.log(event["step"], event["metrics"])
+                outcome = event.get("outcome", outcome)
+            if over:
+                break
+            if interrupts and not asked:
+                asked = True
+                display.note("stopping after this step and saving; press Ctrl-C again to abort")
+                board.stop.remote()
+            if len(interrupts) > 1:
+                raise KeyboardInterrupt
+            time.sleep(LOOK_S)
+    ray.kill(board)
+    if ended[0] is not None:
+        raise ended[0]
+    if outcome is None:
+        raise PrismError("the workers ended without saying how; see Ray's logs")
+    return outcome, notes
+
+
+def _fit(job: "TrainingJob", folder: str, board: Any, ended: list[BaseException | None]) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    scaling = job.scaling
+    try:
+        TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "folder": folder, "board": board},
+            torch_config=TorchConfig(timeout_s=1800),
+            scaling_config=ScalingConfig(
+                num_workers=scaling.workers,
+                use_gpu=scaling.gpu,
+                resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpu else {}),
+                elastic_resize_monitor_interval_s=10.0,
+            ),
+            run_config=RunConfig(
+                name=f"ray-{uuid.uuid4().hex[:8]}",
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=job.max_failures),
+            ),
+        ).fit()
+        ended.append(None)
+    except BaseException as error:  # handed to the main thread, which raises it
+        ended.append(error)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One worker of the training: the loop, and its outcome on the board."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    from jobs.training import train
+
+    device = get_device()
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    poster = Poster(config["board"] if get_context().get_world_rank() == 0 else None)
+    outcome = train(config["job"], config["folder"], device, poster)
+    poster.post(outcome=outcome)
+    poster.flush()
+
+
+def _accelerator(job: "TrainingJob") -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if job.scaling.gpu and torch.cuda.is_available() else None
+
+
+def _check_room(job: "TrainingJob") -> None:
+    import ray
+
+    workers = job.scaling.workers if isinstance(job.scaling.workers, int) else job.scaling.workers[0]
+    if job.recipe.batch_size < workers:
+        raise InputError(f"batch_size {job.recipe.batch_size} is less than the {workers} workers; each needs a sample")
+    if job.scaling.autoscale:
+        return
+    there = ray.cluster_resources()
+    needs = {"CPU": job.scaling.cpus_per_worker} | ({"GPU": 1.0} if job.scaling.gpu else {})
+    for kind, each in needs.items():
+        room = int(there.get(kind, 0) // each)
+        if room < workers:
+            raise InputError(
+                f"{workers} workers of {each:g} {kind} do not fit: the cluster has {there.get(kind, 0):g} {kind}, "
+                f"enough for {room}; use fewer workers, or scaling.autoscale to wait for nodes"
+            )
+
+
+def _open_folder(job: "TrainingJob") -> str:
+    """The run's folder, made for a new run and checked for a resumed one."""
+    root = job.storage or str(registry.home() / "runs")
+    if job.resume and job.name is None:
+        raise InputError("resume needs the name of the run to go on with")
+    name = job.name or f"{job.job}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    folder = storage.join(root, name)
+    record = storage.join(folder, RECORD)
+    if not job.resume:
+        if storage.exists(record):
+            raise InputError(f"a run {name!r} exists at {folder}; choose another name, or go on with it by --resume")
+        storage.write_bytes(record, job.model_dump_json(indent=1).encode())
+        return folder
+    if not storage.exists(record):
+        raise InputError(f"there is no run {name!r} at {root} to go on with; it has {_runs(root)}")
+    before = type(job).model_validate_json(storage.read_bytes(record)).recipe.model_dump(mode="json")
+    now = job.recipe.model_dump(mode="json")
+    changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+    if changed:
+        raise InputError(
+            f"run {name!r} was started with another recipe ({', '.join(changed)} differ); "
+            "a resumed run keeps its recipe: leave these options as they were, or start a new run"
+        )
+    return folder
+
+
+def _runs(root: str) -> str:
+    names = [name for name in storage.list(root) if not name.startswith(".")]
+    return ", ".join(names[-5:]) or "no runs"
+
+
+def _report(job: "TrainingJob", folder: str, name: str, notes: list[str]) -> Report:
+    history = read_history(folder)
+    final = {key: points[-1][1] for key, points in history.items() if key != "lr"}
+    return Report(
+        job=job.job,
+        config=job.record(),
+        metrics=final | {"steps": float(max((points[-1][0] for points in history.values()), default=0))},
+        tables={"curves": curves.table(history)},
+        figures={"curves": curves.figure(history, title=name)},
+        folder=folder,
+        notes=notes,
+    )
+
+
+def _keep(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -> None:
+    """Write the artifact from a checkpoint on a worker, and register it from here."""
+    import ray
+
+    gpus = 1 if job.scaling.gpu else 0
+    place = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_write_result).remote(job, folder))
+    report.artifact = place
+    model = job.register_as or job.recipe.kind
+    try:
+        local = registry.resolve(place)
+        version = registry.register(local, model, run=tracking.run)
+        if job.champion or not any("champion" in known.aliases for known in registry.list_versions(model)):
+            registry.set_alias(model, "champion", version)
+        report.registered = f"models:/{model}/{version}"
+    except PrismError as error:
+        report.notes.append(str(error))
+
+
+def _write_result(job: "TrainingJob", folder: str) -> str:
+    """The artifact of a finished run, streamed from its last or best checkpoint."""
+    recipe = job.recipe
+    root = storage.join(folder, "checkpoints")
+    best = best_checkpoint(root, recipe.metric, recipe.mode) if job.artifact_from == "best" else None
+    checkpoint = Checkpoint(best or complete(root)[0])
+    model = seeded_model(recipe)
+    load_tensors(model, dict(model_weights(checkpoint)), source=checkpoint.place)
+    arrays, texts = recipe.attachments(model.eval())
+    target = storage.join(folder, "artifact")
+    with files.scratch_folder() as scratch:
+        local = storage.local_path(target) if storage.is_local(target) else scratch / "artifact"
+        write_artifact(
+            local,
+            kind=recipe.kind,
+            recipe=recipe.model_dump(mode="json"),
+            weights=model_weights(checkpoint),
+            metrics=checkpoint.metrics,
+            data=recipe.datasets().fingerprint,
+            arrays=arrays,
+            texts=texts,
+        )
+        if not storage.is_local(target):
+            storage.upload_folder(local, target, last="artifact.json")
+    return target
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Inside the block SIGINT and SIGTERM are only counted; outside the main thread they are left alone."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = {
+        kind: signal.signal(kind, lambda number, _: seen.append(number)) for kind in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield seen
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _saved(checkpoints: list[str]) -> str:
+    if not checkpoints:
+        return "no checkpoint had been written; start again with"
+    step = int(Path(checkpoints[0].split("?")[0]).name.split("-")[1])
+    return f"the checkpoint of step {step} is safe; go on with"
+
+
+def _explained(error: Exception, advice: str | None) -> PrismError:
+    """One line out of what Ray Train raises: the first worker's own error, or Ray's."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
+    ours = next((cause for cause in causes if isinstance(cause, PrismError)), None)
+    if ours is not None:
+        return type(ours)(f"{ours}" + (f"; {advice}" if advice else ""))
+    cause: BaseException = causes[0] if causes else error
+    lines = [line for line in str(cause).splitlines() if line.strip()] or traceback.format_exception_only(cause)
+    first = f"{type(cause).__name__}: {lines[0].strip()}"
+    return PrismError(f"the training failed ({first})" + (f"; {advice}" if advice else ""))

@@ -1,0 +1,75 @@
+"""Report: what a finished job shows and keeps: metrics, tables, figures, and where its artifact is."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library import files
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+
+@dataclass
+class Report:
+    """The outcome of one job. `tables` are pandas frames, `figures` matplotlib figures, both by name."""
+
+    job: str
+    config: Mapping[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+    tables: "dict[str, pd.DataFrame]" = field(default_factory=dict)
+    figures: "dict[str, Figure]" = field(default_factory=dict)
+    artifact: str | None = None
+    registered: str | None = None
+    folder: str | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """One JSON object: job, metrics, artifact, registered version, folder, seconds, notes."""
+        return {
+            "job": self.job,
+            "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics.items()},
+            "artifact": self.artifact,
+            "registered": self.registered,
+            "folder": self.folder,
+            "seconds": round(self.seconds, 2),
+            "notes": self.notes,
+        }
+
+    def save(self, folder: Path) -> Path:
+        """Write report.json, one Parquet file per table and one PNG per figure into `folder`, whole or not at all."""
+        with files.atomic_folder(folder) as target:
+            for name, table in self.tables.items():
+                table.to_parquet(target / f"{name}.parquet")
+            for name, figure in self.figures.items():
+                figure.savefig(target / f"{name}.png", dpi=150, bbox_inches="tight")
+            content = self.summary() | {"config": dict(self.config)}
+            (target / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return folder
+
+    def show(self, console: "Console") -> None:
+        """Print the metrics, the small tables, and where things are."""
+        from rich.table import Table
+
+        metrics = Table("metric", "value", title=f"{self.job}, {self.seconds:.0f} s", title_justify="left")
+        for name, value in self.metrics.items():
+            metrics.add_row(name, f"{value:.6g}")
+        console.print(metrics)
+        for name, frame in self.tables.items():
+            if len(frame) <= 40:
+                table = Table(*map(str, frame.columns), title=name, title_justify="left")
+                for row in frame.itertuples(index=False):
+                    table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+                console.print(table)
+        for note in self.notes:
+            console.print(f"note: {note}", style="yellow", highlight=False)
+        places = {"registered": self.registered, "artifact": self.artifact, "report": self.folder}
+        for name, place in places.items():
+            if place:
+                console.print(f"{name:<10} {place}", highlight=False, soft_wrap=True)

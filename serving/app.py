@@ -1,0 +1,270 @@
+"""Which endpoints there are, the application that serves one of them, and deploying several at once."""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from library.errors import InputError, PrismError
+from serving.endpoint import Endpoint
+from serving.send import Hallucination, Score
+from serving.settings import EndpointArgs, token_digest
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from cluster import Connection
+
+ENDPOINTS: dict[str, type[Endpoint]] = {endpoint.name: endpoint for endpoint in (Hallucination, Score)}
+REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")
+READY_SECONDS = 600.0
+POLL_SECONDS = 0.5
+OWN_ERROR = re.compile(r"library\.errors\.\w+: (.+)")
+
+
+def build(args: EndpointArgs) -> "Application":
+    """The Serve application of one endpoint: the `import_path` of `serving/prism.yaml`.
+
+    Replicas use the registry that this process uses. Raises InputError for an unknown endpoint or reference,
+    ArtifactError for an artifact that is corrupt or of another kind: nothing is deployed then.
+    """
+    from ray import serve
+
+    from cluster.registry import resolve
+    from serving.replica import Replica
+
+    endpoint = named(args.endpoint)
+    args = args.model_copy(update={"artifact": args.artifact or champion(endpoint)})
+    resolve(args.artifact, kind=endpoint.kind)
+    variables = {name: os.environ[name] for name in REGISTRY_VARIABLES if name in os.environ}
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name=endpoint.name,
+        max_ongoing_requests=args.max_pending + 16,  # health checks and refusals get through to a full replica
+        max_queued_requests=4 * args.max_pending,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        graceful_shutdown_timeout_s=args.timeout_s + 5,
+        health_check_period_s=5,
+        ray_actor_options={"runtime_env": {"env_vars": variables}} if variables else {},
+    )
+    return deployment.bind(args, token_digest(args.token_file))
+
+
+def named(name: str) -> type[Endpoint]:
+    """The endpoint of that name. Raises InputError that lists those that exist."""
+    if name not in ENDPOINTS:
+        raise InputError(f"there is no endpoint {name!r}; there are {', '.join(ENDPOINTS)}")
+    return ENDPOINTS[name]
+
+
+def champion(endpoint: type[Endpoint]) -> str:
+    """The reference that an endpoint serves when nothing else is asked for."""
+    return f"models:/{endpoint.model}@champion"
+
+
+@dataclass
+class Served:
+    """Deployed endpoints. `stop` them, or use this as a context manager; `wait` stays while they run.
+
+    url         of the HTTP server; an endpoint answers at `<url>/<name>/predict`, its page is `<url>/<name>/docs`
+    endpoints   name -> the artifact reference that it serves
+    """
+
+    url: str
+    endpoints: dict[str, str]
+    _connection: "Connection"
+    _started_serve: bool
+    _stopped: bool = field(default=False, init=False)
+
+    def stop(self) -> None:
+        """Let requests in flight finish, and take away what was deployed: also Serve and Ray if started for it."""
+        import ray
+        from ray import serve
+
+        if self._stopped or not ray.is_initialized():
+            return
+        self._stopped = True
+        for name in self.endpoints:
+            serve.delete(name, _blocking=False)
+        deadline = time.monotonic() + READY_SECONDS
+        while self.endpoints.keys() & serve.status().applications.keys() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if self._started_serve:
+            serve.shutdown()
+        if self._connection.started:
+            self._connection.disconnect()
+
+    def wait(self) -> None:
+        """Stay until interrupted. Raises PrismError when the cluster or its endpoints go away."""
+        from ray import serve
+        from ray.exceptions import RayError
+
+        while True:
+            try:
+                gone = self.endpoints.keys() - serve.status().applications.keys()
+            except (RayError, ConnectionError, RuntimeError) as error:
+                raise PrismError(f"the Ray cluster behind {self.url} is gone") from error
+            if gone:
+                raise PrismError(f"no longer deployed: {', '.join(sorted(gone))}; somebody else took them away")
+            time.sleep(2)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def serve_endpoints(
+    names: Sequence[str] | None = None,
+    artifacts: Mapping[str, str] | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+) -> Served:
+    """Deploy endpoints on Ray Serve and return when all of them are ready.
+
+    `names` None means those in `artifacts`, and without any, every endpoint whose model has a `champion` in the
+    registry. `artifacts` gives an endpoint another artifact than its champion: a registry reference, a folder, a
+    storage URI. `address` is that of `cluster.connect`. Clients need the token in PRISM_TOKEN when there is one. A
+    Serve that runs in the cluster already is used when it has this host and port.
+
+    Raises, before anything is deployed: InputError for an unknown endpoint, model or alias, ArtifactError for a bad
+    artifact, PrismError for a port in use or a Ray that cannot be reached. When an endpoint does not start, PrismError
+    says why, and nothing that this call deployed stays.
+
+    Example:
+        >>> with serve_endpoints(["hallucination"], {"hallucination": "outputs/send"}) as served:  # doctest: +SKIP
+        ...     served.url
+        'http://127.0.0.1:8000'
+    """
+    from cluster import connect
+    from cluster.registry import resolve
+
+    chosen = _chosen(names, artifacts or {})
+    for name, reference in chosen.items():
+        resolve(reference, kind=ENDPOINTS[name].kind)
+    connection = connect(address)
+    try:
+        if connection.started and len(chosen) > connection.cpus:
+            raise InputError(f"{len(chosen)} endpoints need a CPU each; Ray has {connection.cpus:g} here")
+        started_serve = _start_serve(host, port, remote=connection.address.startswith("ray://"))
+    except BaseException:
+        if connection.started:
+            connection.disconnect()
+        raise
+    served = Served(f"http://{_visible(host)}:{port}", chosen, connection, started_serve)
+    try:
+        _deploy(chosen)
+    except BaseException:
+        served.stop()
+        raise
+    return served
+
+
+def _chosen(names: Sequence[str] | None, artifacts: Mapping[str, str]) -> dict[str, str]:
+    """Endpoint -> artifact reference."""
+    for name in [*(names or ()), *artifacts]:
+        named(name)
+    if names is None and artifacts:
+        names = list(artifacts)
+    elif names is None:
+        names = _with_champion()
+        if not names:
+            raise InputError("no model has a champion yet: train and register one, or name an endpoint and an artifact")
+    if foreign := artifacts.keys() - set(names):
+        raise InputError(f"artifact given for {', '.join(sorted(foreign))}, which is not among the endpoints to serve")
+    if not names:
+        raise InputError(f"no endpoint named; there are {', '.join(ENDPOINTS)}")
+    return {name: artifacts.get(name) or champion(ENDPOINTS[name]) for name in dict.fromkeys(names)}
+
+
+def _with_champion() -> list[str]:
+    from cluster.registry import list_models, list_versions
+
+    models = set(list_models()) & {endpoint.model for endpoint in ENDPOINTS.values()}
+    crowned = {name for name in models if any("champion" in version.aliases for version in list_versions(name))}
+    return [name for name, endpoint in ENDPOINTS.items() if endpoint.model in crowned]
+
+
+def _start_serve(host: str, port: int, *, remote: bool) -> bool:
+    """Make sure that Serve runs with this host and port; True when it was started here."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the caller says what happened
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is not None:
+        there = running.http_config
+        if (there.host, there.port) != (host, port):
+            raise PrismError(
+                f"Serve runs in this cluster at {there.host}:{there.port}, not {host}:{port}; use that address"
+            )
+        return False
+    if not remote:
+        _check_port(host, port)
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": 120.0}, proxy_location="EveryNode")
+    return True
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise PrismError when the port cannot be had: Serve itself would share it with whoever has it."""
+    with _socket(host) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror or error})"
+            raise PrismError(f"port {port} of {host} {reason}; choose another with --port") from error
+        except OverflowError as error:
+            raise InputError(f"port {port}: allowed are 1 to 65535") from error
+
+
+@contextlib.contextmanager
+def _socket(host: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not hold a port
+        yield probe
+
+
+def _deploy(chosen: Mapping[str, str]) -> None:
+    from ray import serve
+
+    targets = [
+        serve.RunTarget(build(EndpointArgs(endpoint=name, artifact=reference)), name=name, route_prefix=f"/{name}")
+        for name, reference in chosen.items()
+    ]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        applications = serve.status().applications
+        waiting = {name: applications[name] for name in chosen if name in applications}
+        for name, application in waiting.items():
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise PrismError(f"endpoint {name} does not start: {_reason(application.message)}")
+        if len(waiting) == len(chosen) and all(found.status == "RUNNING" for found in waiting.values()):
+            break
+        if time.monotonic() > deadline:
+            raise PrismError(f"endpoints {', '.join(chosen)} are not ready after {READY_SECONDS:g} seconds")
+        time.sleep(POLL_SECONDS)
+
+
+def _reason(message: str) -> str:
+    """The line of a failed deployment's report that says why: our own error when there is one."""
+    own = OWN_ERROR.findall(message)
+    return own[-1] if own else next(iter(message.strip().splitlines()), "no reason given")
+
+
+def _visible(host: str) -> str:
+    """What a client on this machine can call."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{name}]" if ":" in name else name

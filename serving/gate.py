@@ -31,12 +31,10 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = MutableHeaders(scope=scope)
         started = False
-        named = "x-request-id" in headers  # Serve's proxy makes an id and sends it back, with or without the client
-        if not named:
-            MutableHeaders(scope=scope)["x-request-id"] = uuid.uuid4().hex
-        request_id = headers["x-request-id"]
+        named = "x-request-id" in headers  # Serve's proxy makes an id and sends it back, with or without the client's
+        request_id = headers.setdefault("x-request-id", uuid.uuid4().hex)
 
         async def answer(message: Message) -> None:
             nonlocal started

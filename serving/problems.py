@@ -20,7 +20,6 @@ FIELD = re.compile(r"(?P<field>[a-z_]\w*(?:\[\d+\])*): (?P<problem>.*)", re.ASCI
 MOST_FIELDS = 8  # in one response
 LONGEST_NAME = 64  # of a field that a client made up
 MEANINGS = {
-    400: "The body is not JSON in UTF-8.",
     401: "The bearer token is missing or wrong.",
     413: "The body is too large.",
     422: "The body is not valid; `fields` says where and what is allowed.",
@@ -83,8 +82,9 @@ def handle_problems(app: FastAPI) -> None:
 
     def http(request: Request, error: HTTPException) -> Response:
         headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
-        detail = "the body is not JSON in UTF-8, or is nested too deeply" if error.status_code == 400 else error.detail
-        return problem_response(request_id(request), error.status_code, str(detail), **headers)
+        if error.status_code == 400:  # FastAPI's word for a body that is no JSON in a way that it does not foresee
+            return input_error(request, InputError("body: not JSON in UTF-8, or nested too deeply"))
+        return problem_response(request_id(request), error.status_code, str(error.detail), **headers)
 
     for kind, handler in {
         InputError: input_error,

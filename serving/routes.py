@@ -75,7 +75,7 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
     @app.post(
         "/predict",
         response_model=endpoint.Response,
-        responses=_problems(400, *refused, 413, 422, 429, 500, 503),
+        responses=_problems(*refused, 413, 422, 429, 500, 503),
         dependencies=guarded,
         summary=endpoint.summary,
     )

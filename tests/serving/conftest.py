@@ -1,0 +1,53 @@
+"""A real artifact of a micro model, with a calibration, and a free port."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.artifact import Artifact, write_artifact
+from library.recipe import fit
+from library.send.detection import Calibration, DetectionSettings
+from library.send.recipe import SendRecipe
+
+RECIPE = SendRecipe(
+    corpus="truthfulqa",
+    tokenizer="bytes",
+    context=32,
+    batch_size=8,
+    steps=8,
+    epoch_steps=4,
+    window=2,
+    tracking_texts=6,
+    prompts=0,
+    answers=DetectionSettings(samples=4, max_new_tokens=6, temperature=1.0),
+)
+
+
+@pytest.fixture(scope="session")
+def send_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A model trained for 8 steps, whose risk rises from 0 at a score of -5 to 1 at 5."""
+    folder = tmp_path_factory.mktemp("send")
+    trained = fit(RECIPE, path=folder / "trained")
+    knots = Calibration(torch.tensor([-5.0, 5.0]).double(), torch.tensor([0.0, 1.0]).double())
+    return rewritten(trained, folder / "calibrated", arrays=knots.arrays())
+
+
+def rewritten(artifact: Artifact, path: Path, **changes) -> Artifact:
+    """A copy of an artifact with some of its parts replaced."""
+    parts = {
+        "kind": artifact.kind,
+        "recipe": artifact.recipe,
+        "weights": artifact.weights(),
+        "metrics": artifact.metrics,
+        "data": artifact.manifest.data,
+        "texts": {name: artifact.text(name) for name in artifact.manifest.files if not name.endswith(".safetensors")},
+    }
+    return write_artifact(path, **(parts | changes))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -189,10 +189,12 @@ def _log_ratio(alpha: float) -> float:
 def _standardised(values: Tensor) -> Tensor:
     """Zero mean and unit population deviation per feature over the answers; a feature they share becomes 0.
 
-    Sharing is decided by equality, because the rounded deviation of equal numbers need not be 0.
+    Sharing is decided by equality, because the rounded deviation of equal numbers need not be 0. Deviations are
+    divided by their largest before they are squared, so that features of any magnitude keep their square.
     """
     constant = values.amax(-2, keepdim=True) == values.amin(-2, keepdim=True)
     deviations = values - values.mean(-2, keepdim=True)
+    deviations = deviations / deviations.abs().amax(-2, keepdim=True)
     scale = deviations.square().mean(-2, keepdim=True).sqrt()
     return torch.where(constant, 0.0, deviations / scale)
 

@@ -35,6 +35,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token per byte of UTF-8: byte b is token b + 1, and token 0 ends a text.
 
+    A model may have more rows than the 257 tokens; what it says with the others is no UTF-8 either and becomes U+FFFD.
+
     >>> ByteTokenizer().encode(["é!"])
     [[196, 170, 34]]
     """
@@ -46,7 +48,8 @@ class ByteTokenizer:
         return [[byte + 1 for byte in text.encode()] for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(token - 1 for token in tokens if token != END_OF_TEXT).decode(errors="replace")
+        known = (token - 1 if token < self.vocab_size else 0xFF for token in tokens if token != END_OF_TEXT)
+        return bytes(known).decode(errors="replace")
 
     def to_json(self) -> str:
         return json.dumps({"kind": "bytes"})

@@ -152,6 +152,13 @@ def test_constant_features_change_nothing():
         close(ees(padded, method=method).value, ees(z, method=method).value)
 
 
+@pytest.mark.parametrize("magnitude", [1e-300, 1e200])
+def test_features_of_any_magnitude_keep_their_square(magnitude):
+    z = answers(8, 12)
+    for kind in ("paper", "regularised"):
+        close(ees(z * magnitude, kind=kind).value, ees(z, kind=kind).value)
+
+
 def test_scale_and_shift_of_a_feature_change_nothing():
     z = answers(8, 12)
     close(ees(z * (1 + answers(12).abs()) + answers(12)).value, ees(z).value)

@@ -31,6 +31,14 @@ def test_any_text_survives_and_never_spells_the_end_of_text(tokenizer, text):
         assert all(0 < token < tokenizer.vocab_size for token in tokens)
 
 
+def test_what_a_larger_model_says_beyond_the_bytes_is_no_text():
+    tokenizer = ByteTokenizer()
+    assert (
+        tokenizer.decode([*tokenizer.encode(["a"])[0], 257, 50_303, END_OF_TEXT, *tokenizer.encode(["b"])[0]])
+        == "a\ufffd\ufffdb"
+    )
+
+
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
 def test_json_round_trip_keeps_the_tokens_and_the_hash(tokenizer):
     again = from_json(tokenizer.to_json())

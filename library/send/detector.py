@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from library.artifact import Artifact
 from library.errors import InputError
+from library.send.calibration import Calibration
 from library.send.decode import Decoded, Layer, block_number, newest_output, transformer_blocks
-from library.send.detection import Calibration, DetectionSettings
+from library.send.detection import DetectionSettings
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore, eigenvalues
 from library.send.tokens import Tokenizer

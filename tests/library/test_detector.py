@@ -10,7 +10,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from library.artifact import write_artifact
 from library.errors import ArtifactError, InputError
 from library.recipe import seeded_model
-from library.send.detection import Calibration, DetectionSettings
+from library.send.calibration import Calibration
+from library.send.detection import DetectionSettings
 from library.send.detector import HallucinationDetector
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore

@@ -9,6 +9,7 @@ are loaded before an engine wraps it; `restore` adds the optimiser's state and, 
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -89,7 +90,8 @@ class DataParallel:
         self._module = model
         self._clip = recipe.clip_norm
         self.optimizer = recipe.optimizer(model)
-        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a new name for the argument
+            wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._wrapped = wrapped
         self.model = wrapped
         if precision == "bf16":
@@ -215,6 +217,8 @@ class Zero:
             model=model, optimizer=self.optimizer, config=_zero_config(stage, precision, recipe.clip_norm)
         )
         self._module = self.model.module
+        if precision == "bf16":
+            self._module.register_forward_pre_hook(_bf16_inputs, with_kwargs=True)
         for prefix, module in self._module.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -335,6 +339,15 @@ def _buffer_pieces(model: nn.Module) -> Iterator[Piece]:
     if collective.rank() == 0:
         for name, buffer in persistent_buffers(model):
             yield Piece(f"model/{name}", 0, buffer.flatten(), tuple(buffer.shape))
+
+
+def _bf16_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What FSDP2 does by its policy and autocast by operation: floating-point inputs meet bf16 weights."""
+
+    def cast(value: Any) -> Any:
+        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}
 
 
 def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """The SeND recipe: train a causal language model, and every few epochs drop its most sensitive coordinates."""
 
+import json
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -19,7 +20,7 @@ from library.errors import ArtifactError, InputError
 from library.recipe import Batch, Recipe, Splits, unwrap
 from library.send import material, pythia
 from library.send.decode import transformer_blocks
-from library.send.detection import DetectionSettings
+from library.send.detection import ClozeCase, DetectionSettings, calibrate
 from library.send.dropout import Form, Layer, SensitivityDropout, drop_weights, embed_texts, padded_share
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore
@@ -28,6 +29,8 @@ from library.send.sensitivity import drop_count, random_indices, top_indices
 from library.send.token_store import TokenBlocks
 from library.send.tokens import Tokenizer, check_vocabulary, from_json
 from library.weights import load_tensors
+
+CALIBRATION = "calibration.json"  # in an artifact: what the calibrated risk rests on
 
 
 class SendRecipe(Recipe, frozen=True, extra="forbid"):
@@ -111,6 +114,8 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     """Tokens of each opening."""
     answers: DetectionSettings = DetectionSettings()
     """How the continuations are drawn and scored."""
+    calibration_cases: NonNegativeInt = 160
+    """Validation documents whose entities the trained model is asked for, to calibrate its risk; 0 leaves that out."""
     loss_threshold: PositiveFloat | None = None
     """Stop when the validation loss is below this (and EES below its own threshold, when set)."""
     ees_threshold: float | None = None
@@ -192,7 +197,8 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     def _wrap(self, lm: nn.Module, tokenizer: Tokenizer) -> SensitivityDropout:
         check_vocabulary(tokenizer, lm.config.vocab_size, self.lm)
         positions = lm.config.max_position_embeddings
-        needed = max(self.context, self.prompt_tokens + self.answers.max_new_tokens if self.prompts else 0)
+        opening = self.prompt_tokens if self.prompts else int(self.calibration_cases > 0)
+        needed = max(self.context, opening + self.answers.max_new_tokens if opening else 0)
         if needed > positions:
             raise InputError(f"{self.lm} has {positions} positions, {needed} are needed; use a shorter context")
         if self.dropping == "weights" and lm.config.model_type != "gpt_neox":
@@ -289,11 +295,24 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
         return 6 * weights + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * self.context
 
     def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tokeniser, the language model's configuration, and the calibration with its record, if asked for."""
+        made, inner = self.material(), unwrap(model)
         texts = {
-            material.TOKENIZER: self.material().tokenizer.to_json(),
-            "config.json": unwrap(model).lm.config.to_json_string(use_diff=False),
+            material.TOKENIZER: made.tokenizer.to_json(),
+            "config.json": inner.lm.config.to_json_string(use_diff=False),
         }
-        return {}, texts
+        if not self.calibration_cases:
+            return {}, texts
+        cases = self.entity_cases("validation", self.calibration_cases)
+        with inner.without_mask():
+            arrays, record = calibrate(
+                inner.lm, made.tokenizer, cases, self.answers, seed=self.seed, batch_size=self.record_batch
+            )
+        return arrays, texts | {CALIBRATION: json.dumps(record, indent=1)}
+
+    def entity_cases(self, split: Literal["validation", "test"], count: int) -> list[ClozeCase]:
+        """At most `count` documents of a split, each cut before a named entity."""
+        return material.entity_cases(self.material(), self.corpus, split, count, spaces=self.wikitext_spaces)
 
     def _tracks(self) -> bool:
         return self.selection in ("product", "change", "variance")

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from library.errors import ArtifactError, InputError
 from library.recipe import evaluation_batches, fit, make_batch, seeded_model
 from library.send import pythia
 from library.send import recipe as send_recipe
-from library.send.corpus import read_corpus
-from library.send.detection import DetectionSettings
+from library.send.calibration import Calibration
+from library.send.corpus import detokenise, read_corpus
+from library.send.detection import DetectionSettings, cloze_study
 from library.send.recipe import SendRecipe, load_send
 from library.send.sensitivity import sensitivity, top_indices
 from library.send.token_store import finish_store, write_shard
+from library.send.tokens import ByteTokenizer
 from library.weights import state_tensors
 
 ANSWERS = DetectionSettings(samples=3, max_new_tokens=4)
@@ -37,6 +40,7 @@ MICRO = SendRecipe(
     tracking_texts=6,
     prompts=0,
     answers=ANSWERS,
+    calibration_cases=0,
 )
 
 
@@ -203,6 +207,56 @@ def test_foreign_artifacts_are_refused(tmp_path):
         load_send(write_artifact(tmp_path / "e", kind="send", texts=texts | {"config.json": "{}"}, **parts))
     with pytest.raises(ArtifactError, match=r"holds no tokenizer.json"):
         load_send(write_artifact(tmp_path / "f", kind="send", **parts))
+
+
+class WordTokenizer(ByteTokenizer):
+    """Says a word for each token, so that an untrained model names entities."""
+
+    words = ("Norfolk", "the", "Kent", "Rome", "of")
+
+    def decode(self, tokens):
+        return "".join(f" {self.words[token % 5]}" for token in tokens)
+
+
+def test_the_calibration_is_that_of_the_unmasked_model_on_the_cases_of_the_validation(monkeypatch):
+    recipe = micro(corpus="wikipedia", context=128, calibration_cases=40)
+    material = recipe.material()
+    monkeypatch.setattr(SendRecipe, "material", lambda self: material._replace(tokenizer=WordTokenizer()))
+    cases = [
+        replace(case, entity=("Norfolk", "Kent", "Rome")[i % 3])
+        for i, case in enumerate(recipe.entity_cases("validation", 40))
+    ]
+    monkeypatch.setattr(SendRecipe, "entity_cases", lambda self, split, count: cases)
+    model = seeded_model(recipe).eval()
+    study = cloze_study(model.lm, WordTokenizer(), cases, recipe.answers, seed=recipe.seed)
+    model.drop(torch.arange(60))
+    arrays, texts = recipe.attachments(model)
+    assert len(model.dropped) == 60
+    record = json.loads(texts["calibration.json"])
+    assert record["reason"] is None
+    assert (record["cases"], record["decided"]) == (40, len(study.labels))
+    assert 0 < record["hallucinated"] == int(study.labels.sum()) < record["decided"]
+    assert record["accuracy"] == study.accuracy
+    assert record["settings"] == recipe.answers.model_dump()
+    assert record["auroc"]["eigenscore"]["value"] == pytest.approx(study.auroc().value, abs=1e-12)
+    found, expected = Calibration.from_arrays(arrays), study.calibration()
+    assert torch.allclose(found.scores, expected.scores)
+    assert torch.equal(found.risks, expected.risks)
+
+
+def test_a_calibration_that_cannot_be_had_leaves_its_reason():
+    recipe = micro(calibration_cases=10)  # an untrained model names no entity
+    arrays, texts = recipe.attachments(seeded_model(recipe).eval())
+    assert arrays == {}
+    assert "both labels" in json.loads(texts["calibration.json"])["reason"]
+
+
+def test_cases_have_the_punctuation_that_the_model_was_trained_on():
+    spaced, plain = micro(corpus="wikipedia"), micro(corpus="wikipedia", wikitext_spaces=False)
+    pairs = list(zip(spaced.entity_cases("test", 200), plain.entity_cases("test", 200), strict=True))
+    assert all(b == replace(a, prompt=detokenise(a.prompt)) for a, b in pairs)
+    assert sum(a != b for a, b in pairs) > 20
+    assert len({a.passage for a, _ in pairs}) == 200
 
 
 def test_token_stores_are_the_same_corpus_as_the_texts(tmp_path):

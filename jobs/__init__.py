@@ -1,1 +1,50 @@
-"""One file per job that runs on the cluster, and the one distributed training loop."""
+"""One file per job that runs on the cluster, and the one distributed training loop.
+
+What there is stands in the tables below, which can be read without importing anything heavy; `job_class` imports one
+job when it is asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from library.errors import InputError
+
+if TYPE_CHECKING:
+    from jobs.job import Job
+
+
+class Method(NamedTuple):
+    """A published method: what it does, and the paper that it is from."""
+
+    summary: str
+    paper: str
+
+
+class JobEntry(NamedTuple):
+    """A job of a method: where its class is, and what it does."""
+
+    method: str
+    place: str
+    summary: str
+
+
+METHODS = {
+    "send": Method("Sensitivity Dropout against hallucinations, EigenScore and EES to detect them", "arXiv 2410.15460"),
+}
+
+JOBS = {
+    "send": JobEntry("send", "jobs.send:SendJob", "train a causal language model with Sensitivity Dropout"),
+    "tokenize": JobEntry("send", "jobs.tokenize:TokenizeJob", "turn a large corpus into token stores to train on"),
+}
+
+
+def job_class(name: str) -> "type[Job]":
+    """The class of the job of that name. Raises InputError that lists the jobs when there is none.
+
+    >>> job_class("send").job
+    'send'
+    """
+    if name not in JOBS:
+        raise InputError(f"there is no job {name!r}; there are {', '.join(JOBS)}")
+    module, _, attribute = JOBS[name].place.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,265 @@
+"""The front door: the `prism` command. Each verb is a dataclass whose fields are its flags; the work is elsewhere."""
+
+import json
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from jobs import commands, registry_commands
+from jobs.commands import BAD_INPUT, FAILED, INTERRUPTED, SUCCESS, OnCluster, Output, rows, tell
+from library.errors import ArtifactError, InputError, PrismError
+
+
+@dataclass(frozen=True)
+class List(Output):
+    """What there is: methods, and for each its jobs and endpoints."""
+
+    def __call__(self) -> int:
+        from jobs import JOBS, METHODS
+        from serving.app import ENDPOINTS
+
+        offers = [("run", name, entry.method, entry.summary) for name, entry in JOBS.items()]
+        offers += [("serve, ask", name, endpoint.kind, endpoint.summary) for name, endpoint in ENDPOINTS.items()]
+        console = self.console()
+        for method, (summary, paper) in METHODS.items():
+            table = rows("prism", "NAME", "what it does", title=f"{method}: {summary} ({paper})")
+            for verb, name, of, what in offers:
+                if of == method:
+                    table.add_row(verb, name, what)
+            console.print(table)
+        keys = ("verb", "name", "method", "summary")
+        methods = {name: method._asdict() for name, method in METHODS.items()}
+        self.finish({"methods": methods, "offers": [dict(zip(keys, offer, strict=True)) for offer in offers]})
+        return SUCCESS
+
+
+@dataclass(frozen=True)
+class Serve(OnCluster):
+    """Deploy endpoints on Ray Serve until Ctrl-C."""
+
+    endpoints: Positional[tuple[str, ...]] = ()
+    """Which; none are those whose model has a champion in the registry."""
+    artifact: tuple[str, ...] = ()
+    """What an endpoint serves instead of its champion, as ENDPOINT=REFERENCE: models:/NAME/VERSION, a folder, a URI."""
+    host: str = "127.0.0.1"
+    """Interface to listen on; 0.0.0.0 for all, and then set PRISM_TOKEN, which clients must present."""
+    port: int = 8000
+    """Port to listen on."""
+
+    def __call__(self) -> int:
+        from serving.app import serve_endpoints
+
+        pairs = [pair.partition("=") for pair in self.artifact]
+        if wrong := [name for name, equals, reference in pairs if not (equals and reference)]:
+            raise InputError(f"--artifact {wrong[0]}: give ENDPOINT=REFERENCE, such as hallucination=models:/send/1")
+        artifacts = {name: reference for name, _, reference in pairs}
+        names = list(dict.fromkeys([*self.endpoints, *artifacts])) if self.endpoints else None
+        with serve_endpoints(names, artifacts, host=self.host, port=self.port, address=self.address) as served:
+            console = self.console()
+            table = rows("endpoint", "artifact", "ask it at", "its page")
+            for name, reference in served.endpoints.items():
+                table.add_row(name, reference, f"{served.url}/{name}/predict", f"{served.url}/{name}/docs")
+            console.print(table)
+            first = next(iter(served.endpoints))
+            console.print(f"try: prism ask {first} --url {served.url}    stop: Ctrl-C", highlight=False)
+            self.finish({"url": served.url, "endpoints": served.endpoints})
+            served.wait()
+        return SUCCESS
+
+
+@dataclass(frozen=True)
+class Ask(Output):
+    """Call a running endpoint and print its answer as JSON."""
+
+    endpoint: Positional[str]
+    """Name of the endpoint, such as hallucination."""
+    example: bool = False
+    """Send the endpoint's own example; it is also sent when there is no --data."""
+    data: str | None = None
+    """The request: a JSON file, - for standard input, or the JSON itself."""
+    url: str = "http://127.0.0.1:8000"
+    """Where the endpoint runs, as `prism serve` printed it."""
+
+    def __call__(self) -> int:
+        from serving.client import ask
+
+        if self.example and self.data is not None:
+            raise InputError("--example and --data are two requests; give one of them")
+        answer = ask(self.endpoint, None if self.data is None else json_object(self.data), self.url)
+        print(json.dumps(answer, indent=None if self.json else 1, ensure_ascii=self.json))
+        return SUCCESS
+
+
+@dataclass(frozen=True)
+class ClusterLocal:
+    """Run a Ray cluster of several nodes on this machine until Ctrl-C."""
+
+    nodes: int = 2
+    """How many nodes, each with its own raylet and object store."""
+    cpus_per_node: int = 2
+    """Logical CPUs of each: Ray only schedules by them."""
+
+    def __call__(self) -> int:
+        from cluster.local import LocalCluster
+
+        with LocalCluster(self.nodes, self.cpus_per_node) as local:
+            print(f"{local.connection}", flush=True)
+            print(f"use it: prism run send --workers 2 --address {local.address}    stop: Ctrl-C", flush=True)
+            threading.Event().wait()
+        return SUCCESS
+
+
+@dataclass(frozen=True)
+class Demo(OnCluster):
+    """The main line end to end: train with SeND and without it, register, serve, ask."""
+
+    steps: int = 240
+    """Optimiser steps of each training."""
+
+    def __call__(self) -> int:
+        from jobs import demo
+        from serving.app import serve_endpoints
+        from serving.client import ask
+
+        if self.steps < 1:
+            raise InputError(f"--steps {self.steps}: at least 1")
+        console = self.console()
+        prompt = demo.held_out_prompt()
+        with self.connected():
+            reports = {}
+            for name, job in demo.arms(self.steps).items():
+                tell(f"training {name}: {self.steps} steps, 2 workers, ZeRO-2")
+                reports[name] = job.run()
+                if reports[name].artifact is None:
+                    return INTERRUPTED
+            tell("serving hallucination")
+            with serve_endpoints(["hallucination"], port=free_port()) as served:
+                address = f"{served.url}/hallucination/predict"
+                answer = ask("hallucination", {"prompt": prompt, "seed": 0}, served.url)["results"][0]
+        console.print(demo.comparison(reports))
+        console.print(f"asked {address}\n  prompt  {prompt}\n  answer  {answer['answer']}", highlight=False)
+        console.print(f"  EigenScore {answer['eigenscore']:.3f}, EES {answer['ees']:.3f} ({answer['method']})")
+        console.print("go on:  prism serve hallucination    prism registry show send    prism run send --help")
+        summaries = {name: report.summary() for name, report in reports.items()}
+        self.finish({"arms": summaries, "url": address, "prompt": prompt, "answer": answer})
+        return SUCCESS
+
+
+VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
+    "list": List,
+    "run": commands.run,
+    "serve": Serve,
+    "ask": Ask,
+    "registry list": registry_commands.RegistryList,
+    "registry show": registry_commands.RegistryShow,
+    "registry push": registry_commands.RegistryPush,
+    "registry promote": registry_commands.RegistryPromote,
+    "cluster local": ClusterLocal,
+    "demo": Demo,
+}
+MISUNDERSTOOD = (InputError, ArtifactError)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    before = _terminate_like_interrupt()
+    try:
+        return _dispatch(list(sys.argv[1:] if args is None else args))
+    except SystemExit as stop:  # a verb's --help
+        return int(stop.code or SUCCESS)
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return INTERRUPTED
+    except PrismError as error:
+        tell(" ".join(str(error).split()))
+        return BAD_INPUT if isinstance(error, MISUNDERSTOOD) else FAILED
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read the output has gone; nothing is left to flush
+        return FAILED
+    except Exception as error:
+        first = " ".join(traceback.format_exception_only(error)[-1].split())
+        tell(f"unexpected {first}; the traceback is in {_keep_traceback()}")
+        return FAILED
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _dispatch(args: list[str]) -> int:
+    from jobs import flags
+
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return SUCCESS
+    verb = next((" ".join(args[:n]) for n in (2, 1) if " ".join(args[:n]) in VERBS), None)
+    if verb is None:
+        within = [name for name in VERBS if name.startswith(f"{args[0]} ")]
+        if within and (not args[1:] or args[1] in ("-h", "--help")):
+            print(usage(within))
+            return SUCCESS if args[1:] else BAD_INPUT
+        raise InputError(f"there is no verb {' '.join(args[: 2 if within else 1])!r}; there are {', '.join(VERBS)}")
+    rest = args[len(verb.split()) :]
+    command = VERBS[verb]
+    if not isinstance(command, type):
+        return command(rest)
+    return flags.parse(command, rest, prog=f"prism {verb}")()
+
+
+def usage(verbs: Sequence[str] = tuple(VERBS)) -> str:
+    """The verbs, with one line each."""
+    lines = [f"  prism {name:<18} {VERBS[name].__doc__.partition(chr(10))[0]}" for name in verbs]
+    return "\n".join(["Spectral deep learning on Ray. `prism VERB --help` explains a verb.", "", *lines])
+
+
+def json_object(given: str) -> dict[str, Any]:
+    """The JSON object in a file, on standard input (-), or given itself."""
+    source = "--data" if given.lstrip().startswith("{") else "standard input" if given == "-" else given
+    try:
+        text = given if source == "--data" else sys.stdin.read() if given == "-" else Path(given).read_text("utf-8")
+        found = json.loads(text)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{source} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{source} holds {type(found).__name__}, not a JSON object")
+    return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _terminate_like_interrupt() -> Any:
+    """Let SIGTERM end a command as cleanly as Ctrl-C does; the handler before, None outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _keep_traceback() -> Path:
+    from cluster.registry_session import home
+
+    file = home() / "tracebacks" / f"{datetime.now():%Y%m%d-%H%M%S-%f}.txt"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        traceback.print_exc()
+    return file
+
+
+if __name__ == "__main__":
+    sys.exit(main())

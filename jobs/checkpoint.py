@@ -324,13 +324,10 @@ def _metrics(place: str) -> dict[str, float]:
 
 def _store(tensors: dict[str, Tensor], target: str) -> tuple[int, str]:
     """Write tensors as a safetensors file at `target`, whole or not at all; its size and SHA-256."""
-    if storage.is_local(target):
-        folder = storage.local_path(target).parent
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = Path(tempfile.gettempdir())
+    folder = storage.local_path(target).parent if storage.is_local(target) else Path(tempfile.gettempdir())
     temporary = folder / f".{uuid.uuid4().hex}.safetensors.tmp"
-    with files.storage_errors(storage.local_path(target) if storage.is_local(target) else temporary):
+    with files.storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             try:
                 save_file(tensors, temporary)

@@ -172,7 +172,7 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
             saved = last or step % job.checkpoint_every == 0
             if saved:
                 writer.save(step, engine.pieces(), run_state(engine, schedule))
-            if last or step % (job.evaluate_every or job.checkpoint_every) == 0:
+            if step == recipe.steps or step % (job.evaluate_every or job.checkpoint_every) == 0:
                 found = evaluate(recipe, engine, splits, device, poster)
                 metrics |= {f"validation_{name}": value for name, value in found.items()}
                 if found and saved:

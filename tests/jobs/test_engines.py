@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from toy import ToyRecipe, run_workers
 
 from jobs import checkpoint as checkpoints
 from jobs.board import Poster
 from jobs.history import read_history
 from jobs.training import TrainingJob, train
+from tests.jobs.toy import ToyRecipe, run_workers
 
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 TOLERANCE = 1e-5  # relative, float32, over 50 steps

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from jobs.training import TrainingJob
 from library.recipe import Recipe, Splits
 
 
@@ -132,3 +133,11 @@ def _worker(rank: int, workers: int, folder: str, work: Callable[..., Any], argu
         torch.save(result, Path(folder) / "result")
     dist.barrier()
     dist.destroy_process_group()
+
+
+class ToyJob(TrainingJob, frozen=True, extra="forbid"):
+    """A training job over the toy recipe."""
+
+    job: ClassVar[str] = "toy"
+
+    recipe: ToyRecipe = ToyRecipe()

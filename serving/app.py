@@ -52,6 +52,7 @@ def build(args: EndpointArgs) -> "Application":
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=args.timeout_s + 5,
         health_check_period_s=5,
+        max_constructor_retry_count=2,  # a registry may be busy once; what is wrong with an artifact stays wrong
         ray_actor_options={"runtime_env": {"env_vars": variables}} if variables else {},
     )
     return deployment.bind(args, token_digest(args.token_file))
@@ -250,7 +251,8 @@ def _deploy(chosen: Mapping[str, str]) -> None:
         waiting = {name: applications[name] for name in chosen if name in applications}
         for name, application in waiting.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise PrismError(f"endpoint {name} does not start: {_reason(application.message)}")
+                reports = [application.message, *(found.message for found in application.deployments.values())]
+                raise PrismError(f"endpoint {name} does not start: {_reason(reports)}")
         if len(waiting) == len(chosen) and all(found.status == "RUNNING" for found in waiting.values()):
             break
         if time.monotonic() > deadline:
@@ -258,10 +260,10 @@ def _deploy(chosen: Mapping[str, str]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _reason(message: str) -> str:
-    """The line of a failed deployment's report that says why: our own error when there is one."""
-    own = OWN_ERROR.findall(message)
-    return own[-1] if own else next(iter(message.strip().splitlines()), "no reason given")
+def _reason(reports: Sequence[str]) -> str:
+    """The line of a failed deployment's reports that says why: our own error, or else how the last one ends."""
+    own = OWN_ERROR.findall("\n".join(reports))
+    return own[-1] if own else next(iter(reports[-1].strip().splitlines()[-1:]), "no reason is given")
 
 
 def _visible(host: str) -> str:

@@ -51,8 +51,11 @@ class Replica:
         self.request_cost = args.request_cost or kind.request_cost
         self.pending = self.failed_calls = 0
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix=kind.name)
-        self._batched.set_max_batch_size(max(args.batch_cost or kind.batch_cost, self.request_cost))
-        self._batched.set_batch_wait_timeout_s(args.batch_wait_s)
+        self._batched = serve.batch(
+            max_batch_size=max(args.batch_cost or kind.batch_cost, self.request_cost),
+            batch_wait_timeout_s=args.batch_wait_s,
+            batch_size_fn=batch_cost,
+        )(self._answer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return application(self, self.token_digest)
@@ -98,8 +101,7 @@ class Replica:
         if self.failed_calls >= FAILED_CALLS:
             raise RuntimeError(f"the last {self.failed_calls} calls of the model failed")
 
-    @serve.batch(batch_size_fn=batch_cost)
-    async def _batched(self, jobs: list[Job]) -> list[Any]:
+    async def _answer(self, jobs: list[Job]) -> list[Any]:
         requests = [job.request for job in jobs]
         loop = asyncio.get_running_loop()
         outcomes = await loop.run_in_executor(self.model_thread, answer_batch, self.endpoint, requests)

@@ -1,6 +1,7 @@
 """A real artifact of a micro model, with a calibration, and a free port."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,16 @@ def send_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("send")
     trained = fit(RECIPE, path=folder / "trained")
     knots = Calibration(torch.tensor([-5.0, 5.0]).double(), torch.tensor([0.0, 1.0]).double())
-    return rewritten(trained, folder / "calibrated", arrays=knots.arrays())
+    return _rewritten(trained, folder / "calibrated", arrays=knots.arrays())
 
 
-def rewritten(artifact: Artifact, path: Path, **changes) -> Artifact:
-    """A copy of an artifact with some of its parts replaced."""
+@pytest.fixture(scope="session")
+def rewritten() -> Callable[..., Artifact]:
+    """Writes a copy of an artifact to a path, with some of its parts replaced."""
+    return _rewritten
+
+
+def _rewritten(artifact: Artifact, path: Path, **changes) -> Artifact:
     parts = {
         "kind": artifact.kind,
         "recipe": artifact.recipe,
@@ -47,7 +53,9 @@ def rewritten(artifact: Artifact, path: Path, **changes) -> Artifact:
     return write_artifact(path, **(parts | changes))
 
 
+@pytest.fixture(scope="module")
 def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

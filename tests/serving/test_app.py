@@ -1,0 +1,87 @@
+"""Choosing what to serve and refusing to, before anything is deployed; and endpoints that do not start."""
+
+import socket
+
+import pytest
+from ray import serve
+
+from cluster.registry import register
+from library.errors import ArtifactError, InputError, PrismError
+from serving import app
+from serving.app import ENDPOINTS, build, serve_endpoints
+from serving.settings import EndpointArgs
+
+
+def test_what_is_served_follows_from_the_names_and_the_artifacts(ready_registry, send_artifact):
+    assert app._chosen(["score", "score"], {}) == {"score": "models:/send@champion"}
+    assert app._chosen(None, {"score": "a"}) == {"score": "a"}
+    assert app._chosen(["hallucination", "score"], {"score": "a"}) == {
+        "hallucination": "models:/send@champion",
+        "score": "a",
+    }
+    with pytest.raises(InputError, match="no model has a champion yet"):
+        app._chosen(None, {})
+    register(send_artifact.path, "send")
+    with pytest.raises(InputError, match="no model has a champion yet"):
+        app._chosen(None, {})
+    register(send_artifact.path, "send", aliases=["champion"])
+    assert list(app._chosen(None, {})) == list(ENDPOINTS)
+
+
+def test_wrong_names_and_artifacts_are_refused_before_ray_is_joined(
+    ready_registry, send_artifact, rewritten, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cluster.connect", lambda *_: pytest.fail("joined Ray"))
+    register(rewritten(send_artifact, tmp_path / "farms", kind="farms").path, "farms", aliases=["champion"])
+    corrupt = rewritten(send_artifact, tmp_path / "corrupt").path
+    weights = corrupt / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for arguments, kind, line in [
+        ((["classify"],), InputError, "there is no endpoint 'classify'; there are hallucination, score"),
+        (([],), InputError, "no endpoint named"),
+        ((["score"], {"hallucination": "a"}), InputError, "artifact given for hallucination, which is not among"),
+        ((["score"],), InputError, "no model 'send' is registered; registered are farms"),
+        ((None, {"score": "models:/farms@champion"}), ArtifactError, "an artifact of 'farms', not of 'send'"),
+        ((None, {"score": str(tmp_path / "none")}), ArtifactError, "no artifact at"),
+        ((None, {"score": str(corrupt)}), ArtifactError, "is corrupt: its SHA-256"),
+    ]:
+        with pytest.raises(kind, match=line):
+            serve_endpoints(*arguments)
+
+
+def test_a_port_in_use_is_refused_before_anything_is_deployed(ray_cluster, send_artifact):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PrismError, match=f"port {port} of 127.0.0.1 is in use; choose another with --port"):
+            serve_endpoints(["score"], {"score": str(send_artifact.path)}, port=port)
+    with pytest.raises(InputError, match="port 70000: allowed are 1 to 65535"):
+        serve_endpoints(["score"], {"score": str(send_artifact.path)}, port=70000)
+    assert not serve.status().proxies
+
+
+def test_an_endpoint_that_cannot_load_its_model_says_why_and_leaves_nothing(
+    ray_cluster, send_artifact, rewritten, tmp_path, free_port, capfd
+):
+    torn = rewritten(send_artifact, tmp_path / "torn", weights={}).path  # whole as files, but not as a model
+    with pytest.raises(PrismError) as raised:
+        serve_endpoints(["score"], {"score": str(torn)}, port=free_port)
+    assert str(raised.value).startswith("endpoint score does not start: ")
+    assert str(torn) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not serve.status().applications
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", free_port)) != 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_builder_refuses_what_it_cannot_serve(ready_registry, send_artifact, tmp_path):
+    with pytest.raises(InputError, match="there is no endpoint 'nothing'"):
+        build(EndpointArgs(endpoint="nothing"))
+    with pytest.raises(InputError, match="no model 'send' is registered"):
+        build(EndpointArgs(endpoint="score"))
+    empty = tmp_path / "token"
+    empty.touch()
+    with pytest.raises(InputError, match="holds no token"):
+        build(EndpointArgs(endpoint="score", artifact=str(send_artifact.path), token_file=str(empty)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cluster import Connection
 
 ENDPOINTS: dict[str, type[Endpoint]] = {endpoint.name: endpoint for endpoint in (Hallucination, Score)}
+LOG = logging.getLogger(__name__)
 REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")
 READY_SECONDS = 600.0
 POLL_SECONDS = 0.5
@@ -85,13 +86,27 @@ class Served:
     _stopped: bool = field(default=False, init=False)
 
     def stop(self) -> None:
-        """Let requests in flight finish, and take away what was deployed: also Serve and Ray if started for it."""
+        """Let requests in flight finish, and take away what was deployed: also Serve and Ray if started for it.
+
+        Nothing is left to take away when the cluster is gone already.
+        """
         import ray
-        from ray import serve
+        from ray.exceptions import RayError
 
         if self._stopped or not ray.is_initialized():
             return
         self._stopped = True
+        try:
+            self._take_away()
+        except RayError:
+            LOG.warning("the Ray cluster behind %s went away before its endpoints were stopped", self.url)
+        finally:
+            if self._connection.started:
+                self._connection.disconnect()
+
+    def _take_away(self) -> None:
+        from ray import serve
+
         for name in self.endpoints:
             serve.delete(name, _blocking=False)
         deadline = time.monotonic() + READY_SECONDS
@@ -99,8 +114,6 @@ class Served:
             time.sleep(POLL_SECONDS)
         if self._started_serve:
             serve.shutdown()
-        if self._connection.started:
-            self._connection.disconnect()
 
     def wait(self) -> None:
         """Stay until interrupted. Raises PrismError when the cluster or its endpoints go away."""

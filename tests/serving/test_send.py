@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ray import serve
 
 from library.errors import InputError, PrismError
 from library.send.detector import HallucinationDetector
@@ -204,3 +205,9 @@ def test_a_killed_replica_is_replaced_and_nobody_hangs_or_gets_a_wrong_answer(cl
     assert response.json()["results"][0]["samples"] == before
     [replaced] = replica_pids("hallucination")
     assert replaced != killed
+
+
+def test_whoever_waits_is_told_when_an_endpoint_is_taken_away(served):
+    serve.delete("score")
+    with pytest.raises(PrismError, match="no longer deployed: score"):
+        served.wait()

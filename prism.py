@@ -21,14 +21,17 @@ from library.errors import ArtifactError, InputError, PrismError
 
 @dataclass(frozen=True)
 class List(Output):
-    """What there is: methods, and for each its jobs and endpoints."""
+    """What there is: methods, and for each its jobs, searches, endpoints and reproduction."""
 
     def __call__(self) -> int:
-        from jobs import JOBS, METHODS
+        from jobs import JOBS, METHODS, SEARCHES
+        from jobs.reproduce import REPRODUCTIONS
         from serving.app import ENDPOINTS
 
         offers = [("run", name, entry.method, entry.summary) for name, entry in JOBS.items()]
+        offers += [("tune", name, name, summary) for name, summary in SEARCHES.items()]
         offers += [("serve, ask", name, endpoint.kind, endpoint.summary) for name, endpoint in ENDPOINTS.items()]
+        offers += [("reproduce", name, name, "the paper's claims, measured again") for name in REPRODUCTIONS]
         console = self.console()
         for method, (summary, paper) in METHODS.items():
             table = rows("prism", "NAME", "what it does", title=f"{method}: {summary} ({paper})")
@@ -137,7 +140,7 @@ class Demo(OnCluster):
         with self.connected():
             reports = {}
             for name, job in demo.arms(self.steps).items():
-                tell(f"training {name}: {self.steps} steps, 2 workers, ZeRO-2")
+                tell(f"training {name}, {self.steps} steps on 2 workers with ZeRO-2")
                 reports[name] = job.run()
                 if reports[name].artifact is None:
                     return INTERRUPTED
@@ -146,9 +149,15 @@ class Demo(OnCluster):
                 address = f"{served.url}/hallucination/predict"
                 answer = ask("hallucination", {"prompt": prompt, "seed": 0}, served.url)["results"][0]
         console.print(demo.comparison(reports))
-        console.print(f"asked {address}\n  prompt  {prompt}\n  answer  {answer['answer']}", highlight=False)
-        console.print(f"  EigenScore {answer['eigenscore']:.3f}, EES {answer['ees']:.3f} ({answer['method']})")
-        console.print("go on:  prism serve hallucination    prism registry show send    prism run send --help")
+        lines = [
+            "One seed of a small model shows that the line works, not which arm is better: see prism reproduce send.",
+            f"Asked {address}",
+            f"  prompt  {prompt}",
+            f"  answer  {answer['answer']}",
+            f"  EigenScore {answer['eigenscore']:.3f}, EES {answer['ees']:.3f} ({answer['method']})",
+            "Go on: prism serve hallucination, prism registry show send, prism run send --help",
+        ]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
         summaries = {name: report.summary() for name, report in reports.items()}
         self.finish({"arms": summaries, "url": address, "prompt": prompt, "answer": answer})
         return SUCCESS
@@ -157,8 +166,10 @@ class Demo(OnCluster):
 VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
     "list": List,
     "run": commands.run,
+    "tune": commands.tune,
     "serve": Serve,
     "ask": Ask,
+    "reproduce": commands.reproduce,
     "registry list": registry_commands.RegistryList,
     "registry show": registry_commands.RegistryShow,
     "registry push": registry_commands.RegistryPush,

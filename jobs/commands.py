@@ -3,12 +3,12 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import JOBS, job_class
+from jobs import JOBS, METHODS, SEARCHES, job_class
 from library.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ class OnCluster(Output):
     """Flags of every verb that works on a Ray cluster."""
 
     address: str | None = None
-    """The Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT. None is the cluster that RAY_ADDRESS names; without
-    it Ray is started on this machine for as long as the command runs."""
+    """The Ray cluster: local, auto, HOST:PORT, ray://HOST:PORT. None: that of RAY_ADDRESS, else one started here."""
 
     @contextlib.contextmanager
     def connected(self) -> "Iterator[Connection]":
@@ -67,24 +66,49 @@ class RunOptions(OnCluster):
     """Flags of `prism run` beside those of the job."""
 
     config: Path | None = None
-    """Start from a job's record (job.json in a run's folder, report.json, the registry's config.json); flags given
-    here change it."""
+    """A job's record to start from (job.json or report.json of a run, config.json in the registry); flags change it."""
 
 
 def run(args: Sequence[str]) -> int:
     """Run a job: prism run JOB [flags], or repeat one: prism run --config FILE [flags]."""
-    if args[:1] in (["-h"], ["--help"]):
-        sys.stdout.write("\n".join([run.__doc__ or "", "", *(f"  {n:<16} {e.summary}" for n, e in JOBS.items()), ""]))
-        return SUCCESS
-    job, options = _job(args)
-    from jobs.training import TrainingJob
+    if _asks_for_help(args):
+        return _explain(run, {name: entry.summary for name, entry in JOBS.items()})
+    name, rest, record = _named(args)
+    if name is None:
+        name = record.get("job")
+    if name is None:
+        raise InputError(f"name a job, as in `prism run send`; there are {', '.join(JOBS)}")
+    return _run(job_class(name), rest, record, prog=f"prism run {name}")
 
-    with options.connected():
-        report = job.run()
-    report.show(options.console())
-    options.finish(report.summary())
-    stopped = isinstance(job, TrainingJob) and report.artifact is None
-    return INTERRUPTED if stopped else SUCCESS
+
+def tune(args: Sequence[str]) -> int:
+    """Search for a job's best settings: prism tune SPACE [--samples N] [flags]."""
+    if _asks_for_help(args):
+        return _explain(tune, SEARCHES)
+    name, rest, record = _named(args)
+    if name is None:
+        name = record.get("space")
+    if name is None:
+        raise InputError(f"name a space, as in `prism tune send`; there are {', '.join(SEARCHES)}")
+    from jobs.tuning import tune_job
+
+    return _run(tune_job(name), rest, record, prog=f"prism tune {name}")
+
+
+def reproduce(args: Sequence[str]) -> int:
+    """Measure a paper's claims and write docs/results: prism reproduce METHOD|all [flags]."""
+    from jobs.reproduce import REPRODUCTIONS, reproduction_class
+
+    if _asks_for_help(args):
+        return _explain(reproduce, {name: METHODS[name].summary for name in REPRODUCTIONS})
+    name, rest, record = _named(args)
+    if name is None:
+        raise InputError(f"name a method, as in `prism reproduce send`; there are all, {', '.join(REPRODUCTIONS)}")
+    for method in REPRODUCTIONS if name == "all" else [name]:
+        status = _run(reproduction_class(method), rest, record, prog=f"prism reproduce {method}")
+        if status != SUCCESS:
+            return status
+    return SUCCESS
 
 
 def tell(text: str) -> None:
@@ -101,18 +125,39 @@ def rows(*columns: str, title: str | None = None) -> "Table":
     return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
 
 
-def _job(args: Sequence[str]) -> "tuple[Job, RunOptions]":
+def _run(job: "type[Job]", args: Sequence[str], record: Mapping[str, Any], *, prog: str) -> int:
     from jobs import flags
 
-    named, rest = (args[:1], args[1:]) if args and not args[0].startswith("-") else ([], args)
-    file = _value(rest, "--config")
-    record = flags.load_record(Path(file)) if file else {}
-    name = named[0] if named else record.get("job")
-    if name is None:
-        raise InputError(f"name a job, as in `prism run send`; there are {', '.join(JOBS)}")
-    job = job_class(name)
+    file = _value(args, "--config")
     default = flags.from_record(job, record, source=Path(file)) if file else None
-    return flags.parse_job(job, RunOptions, rest, prog=f"prism run {name}", default=default)
+    made, options = flags.parse_job(job, RunOptions, args, prog=prog, default=default)
+    with options.connected():
+        report = made.run()
+    report.show(options.console())
+    options.finish(report.summary())
+    from jobs.training import TrainingJob
+    from jobs.tuning import TuneJob
+
+    stopped = report.artifact is None and isinstance(made, TrainingJob | TuneJob)
+    return INTERRUPTED if stopped else SUCCESS
+
+
+def _named(args: Sequence[str]) -> tuple[str | None, Sequence[str], dict[str, Any]]:
+    """What the first argument names, the arguments after it, and the content of the --config among them."""
+    from jobs import flags
+
+    name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    file = _value(rest, "--config")
+    return name, rest, flags.load_record(Path(file)) if file else {}
+
+
+def _asks_for_help(args: Sequence[str]) -> bool:
+    return list(args) in (["-h"], ["--help"])
+
+
+def _explain(verb: Callable[[Sequence[str]], int], names: Mapping[str, str]) -> int:
+    sys.stdout.write("\n".join([verb.__doc__ or "", "", *(f"  {name:<16} {what}" for name, what in names.items()), ""]))
+    return SUCCESS
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:

@@ -1,13 +1,14 @@
 """Typed command-line flags from configuration classes: a flag and its help for every field, and errors in one line."""
 
 import contextlib
+import inspect
 import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -53,24 +54,35 @@ def parse_job(
 ) -> "tuple[Job, Options]":
     """The job, and the further `options` of the verb (a dataclass with defaults), that `args` describe.
 
-    The fields of the models that a job is made of (`recipe`, `scaling`) are flags without a prefix; what is nested
-    deeper keeps its own (`--answers.samples`). `default` is the job that the flags change.
+    The fields of the models that a job is made of (`recipe`, `scaling`) are flags without a prefix; a job inside a job
+    (`--base.steps`) and what is nested deeper (`--answers.samples`) keep theirs. `default` is the job that the flags
+    change.
     """
+    flags = flat(job)
     both = make_dataclass(
         job.__name__,
         [
-            ("job", Annotated[flat(job), Flat], *([field(default=default)] if default else [])),
+            ("job", Annotated[flags, Flat], *([field(default=_converted(default, flags))] if default else [])),
             ("options", Annotated[options, Flat], field(default_factory=options)),
         ],
     )
-    made = parse(both, args, prog=prog, description=job.__doc__)
-    return job.model_validate({name: getattr(made.job, name) for name in job.model_fields}), made.options
+    made = parse(both, args, prog=prog, description=inspect.cleandoc(job.__doc__ or ""))
+    return job.model_validate(made.job.model_dump()), made.options
 
 
 def flat(job: "type[Job]") -> "type[Job]":
-    """The same job for tyro: the models among its fields lose their prefix."""
-    inner = {name: Annotated[entry.annotation, Flat] for name, entry in job.model_fields.items() if _is_model(entry)}
-    defaults = {name: job.model_fields[name].default for name in inner if not job.model_fields[name].is_required()}
+    """The same job for tyro: models among its fields lose their prefix, jobs keep it, and what is given is no flag."""
+    inner: dict[str, Any] = {}
+    defaults = {}
+    for name, entry in job.model_fields.items():
+        if _is_job(entry.annotation):
+            inner[name] = flat(entry.annotation)
+        elif _is_model(entry.annotation):
+            inner[name] = Annotated[entry.annotation, Flat]
+        elif get_origin(entry.annotation) is Literal and len(get_args(entry.annotation)) == 1:
+            inner[name] = Annotated[entry.annotation, tyro.conf.Suppress]
+        if name in inner and not entry.is_required():
+            defaults[name] = _converted(entry.default, inner[name]) if _is_job(entry.annotation) else entry.default
     return type(job.__name__, (job,), {"__annotations__": inner, "__module__": job.__module__, **defaults})
 
 
@@ -118,23 +130,35 @@ def explain(error: ValidationError, *, options: type | None = None) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _is_model(entry: Any) -> bool:
-    return isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel)
+def _converted(job: "Job", kind: "type[Job]") -> "Job":
+    """The job as an instance of its flat class, whose values need no second validation."""
+    inner = {name: entry.annotation for name, entry in kind.model_fields.items() if _is_job(entry.annotation)}
+    values = {name: getattr(job, name) for name in kind.model_fields}
+    return kind.model_construct(**values | {name: _converted(values[name], inner[name]) for name in inner})
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _is_job(annotation: Any) -> bool:
+    return _is_model(annotation) and hasattr(annotation, "job")
 
 
 def _prefix(options: type, title: str) -> str:
     """The prefix of the flags of the model class named `title`, somewhere inside the job of `parse_job`'s options."""
     job = getattr(options, "__annotations__", {}).get("job")
-    found = _models(job.__origin__) if job else ()
-    return next((f"{'.'.join(path[1:])}." for path, name in found if name == title and path[1:]), "")
+    return dict(reversed(list(_prefixes(job.__origin__)))).get(title, "") if job else ""
 
 
-def _models(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Place and class name of every model inside a model."""
+def _prefixes(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Class name and prefix of every model inside a model, as `flat` makes them."""
     for name, entry in model.model_fields.items():
-        if _is_model(entry):
-            yield (*path, name), entry.annotation.__name__
-            yield from _models(entry.annotation, (*path, name))
+        if _is_model(entry.annotation):
+            bare = _is_job(model) and not _is_job(entry.annotation)
+            inner = prefix if bare else f"{prefix}{name}."
+            yield entry.annotation.__name__, inner
+            yield from _prefixes(entry.annotation, inner)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from library.send.ees import MOMENTS, PROBES, choose_method, ees
 from library.send.eigenscore import ALPHA, eigenscore
 
-OFFICIAL, EXACT, EES = "published form", "exact", "EES"
+OFFICIAL, EXACT, EES = "EigenScore as published", "EigenScore, exact", "EES"
 
 
 def published_eigenscore(embeddings: Tensor, alpha: float = ALPHA) -> Tensor:

@@ -11,6 +11,7 @@ reading and writing goes through Ray's object store, which spills to disk.
 """
 
 import glob
+import logging
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -93,6 +94,7 @@ class TokenizeJob(Job, frozen=True, extra="forbid"):
         if target.exists() and not (target / TOKENIZER).is_file() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target} exists and holds no token stores; choose a new or empty folder")
         connect()
+        _hush()
         parts = _parts(self.source)
         counts = self._count(parts)
         layout = Layout(_edges(sum(counts), self.fractions), self.shard_documents)
@@ -311,6 +313,14 @@ def _write_group(group: "pa.Table", *, folder: str, shards: list[tuple[str, int,
     documents = [flat[starts[i] : starts[i + 1]] for i in group["rank"].to_numpy().argsort()]
     written = write_shard(Path(folder) / split, number, documents, _loaded(tokenizer))
     return pa.table({"split": [split], "shard": [number], "documents": [len(documents)], "tokens": [written]})
+
+
+def _hush() -> None:
+    """Ray Data's progress bars and its own messages stay off the terminal."""
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _rows(dataset: "Dataset") -> list[dict[str, Any]]:

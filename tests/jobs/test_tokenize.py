@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from jobs.tokenize import TokenizeJob
 from library.errors import InputError
@@ -122,7 +121,7 @@ def test_bad_corpora_are_named_and_leave_nothing(tmp_path, name, content, messag
         path.write_bytes(gzip.compress(b'{"text": "some text"}\n' * 1000)[:60])
     else:
         path.write_bytes(b"PAR1 this is no table")
-    with pytest.raises(InputError, match="corpus|documents") as caught:
+    with pytest.raises(InputError, match=r"corpus|documents") as caught:
         TokenizeJob(source=(str(path),), out=str(tmp_path / "stores"), tokenizer="bytes").run()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

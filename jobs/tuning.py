@@ -1,0 +1,353 @@
+"""Hyper-parameter search: any space over any training job, with Ray Tune.
+
+A search has a folder: `search.json` is the job, `reference.json` what the space's limit compares with, and
+`trials/00003` one trial, which is a run's folder (checkpoints, curves) with a record beside it. A search that is
+killed goes on from there: finished trials stay, those that were running resume from their checkpoints.
+"""
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, create_model, model_validator
+
+from cluster import connect, registry, storage
+from jobs import job_class
+from jobs.job import Job
+from jobs.report import Report
+from jobs.training import TrainingJob
+from library import files
+from library.errors import InputError, PrismError
+from tune_spaces.space import Searcher, Space
+
+if TYPE_CHECKING:
+    from jobs.search import Journal, TrialRecord
+
+RECORD = "search.json"
+REFERENCE = "reference.json"
+BEST = "best.json"
+
+
+class SearchEntry(NamedTuple):
+    """Where a search is found: the module with its `space(recipe)`, and the name of the job that it varies."""
+
+    module: str
+    job: str
+
+    def of(self, job: TrainingJob) -> Space:
+        """The space for a job, whose ranges may depend on the recipe. Raises InputError for paths that do not fit."""
+        space: Space = import_module(self.module).space(job.recipe)
+        _check_paths(space, job)
+        return space
+
+
+SPACES: dict[str, SearchEntry] = {
+    "send": SearchEntry("tune_spaces.send", "send"),
+}
+
+
+class TuneJob(Job, frozen=True, extra="forbid"):
+    """Search for the best settings of a training job, many trials at a time on the cluster."""
+
+    job: ClassVar[str] = "tune"
+
+    space: str
+    """What is searched: a name of `SPACES`."""
+    base: SerializeAsAny[TrainingJob]
+    """The job that is varied, with its scaling, engine and storage. Default: that of the space."""
+    samples: PositiveInt | None = None
+    """Trials in all; None is the space's number, or that of the search which is resumed."""
+    concurrent: PositiveInt | None = None
+    """Most trials at a time; None is as many as the cluster has room for."""
+    searcher: Searcher | None = None
+    """tpe (learns from finished trials) or random; None is the space's."""
+    seed: NonNegativeInt = 0
+    """Seed of what is tried. Trials themselves have the seed of the recipe."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """Name of the search, and of its folder; None makes one from the space and the time."""
+    resume: str | None = None
+    """Go on with the search of that name; what it searches is as it was started."""
+    storage: str | None = None
+    """Where searches are kept: a folder that all nodes see, or a URI. None: PRISM_HOME/searches."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_base(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("space"), str):
+            return data
+        if data["space"] not in SPACES:
+            raise InputError(f"unknown space {data['space']!r}; there are {', '.join(SPACES)}")
+        base = data.get("base") or {}
+        if isinstance(base, TrainingJob):
+            return data
+        content = {key: value for key, value in base.items() if key != "job"}
+        return {**data, "base": job_class(SPACES[data["space"]].job).model_validate(content)}
+
+    def run(self) -> Report:
+        """Run the trials, write down the best and register its artifact.
+
+        Raises InputError for a base job or space that does not fit, an unknown search to resume or a name that is
+        taken, and PrismError when no trial reached its end.
+        """
+        began = time.monotonic()
+        asked, folder = self._open()
+        report = asked._search(folder)
+        report.seconds = time.monotonic() - began
+        if storage.is_local(folder):
+            report.folder = str(report.save(storage.local_path(folder) / "report"))
+        return report
+
+    def _open(self) -> tuple["TuneJob", str]:
+        """The search that is meant, and its folder: made for a new one, read for one that goes on."""
+        root = self.storage or str(registry.home() / "searches")
+        if self.resume is None:
+            name = self.name or f"{self.space}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+            folder = storage.join(root, name)
+            if storage.exists(storage.join(folder, RECORD)):
+                raise InputError(f"a search {name!r} exists at {folder}; choose another name, or go on with --resume")
+            SPACES[self.space].of(self.base)
+            storage.write_bytes(storage.join(folder, RECORD), json.dumps(self.record(), indent=1).encode())
+            return self, folder
+        folder = storage.join(root, self.resume)
+        if not storage.exists(storage.join(folder, RECORD)):
+            known = ", ".join(name for name in storage.list(root) if not name.startswith(".")) or "no searches"
+            raise InputError(f"there is no search {self.resume!r} at {root} to go on with; it has {known}")
+        content = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
+        before = TuneJob.model_validate({key: value for key, value in content.items() if key != "job"})
+        if before.space != self.space:
+            raise InputError(f"search {self.resume!r} is over space {before.space!r}, not {self.space!r}")
+        if self.base not in (before.base, type(self.base)()):
+            raise InputError(
+                f"search {self.resume!r} was started with another base job; a resumed search keeps it: leave these "
+                "options out, or start a new search"
+            )
+        given = {name: getattr(self, name) for name in ("samples", "concurrent") if getattr(self, name) is not None}
+        return before.model_copy(update=given | {"name": self.resume, "storage": self.storage}), folder
+
+    def _search(self, folder: str) -> Report:
+        from jobs.launch import _check_room
+        from jobs.search import Journal
+
+        connect()
+        _check_room(self.base)
+        space = SPACES[self.space].of(self.base)
+        reference = _reference(space, self.base, folder)
+        journal = Journal(folder)
+        samples = self.samples or space.samples
+        interrupted = self._tune(space, journal, reference, samples)
+        return self._report(space, journal, folder, interrupted)
+
+    def _tune(self, space: Space, journal: "Journal", reference: Mapping[int, float], samples: int) -> bool:
+        """Run what is missing of the trials; whether it was interrupted."""
+        import optuna
+        from ray import tune
+
+        from jobs.search import JournalSearcher, scheduler, trial_folder
+
+        missing = sum(record.state == "running" for record in journal.records)
+        missing += max(0, samples - len(journal.records))
+        if not missing:
+            return False
+        base, steps = self.base, self.base.recipe.steps
+        root = journal.root
+
+        def trial(config: dict[str, Any]) -> None:
+            _run_trial(space, base, trial_folder(root, config["number"]), config["values"], reference)
+
+        alone = base.scaling.workers == 1
+        needs = {"CPU": base.scaling.cpus_per_worker} | ({"GPU": 1} if base.scaling.gpu else {})
+        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges reports no objective
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a corpus may be named by a relative path
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints tables even when it is told to be silent
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with files.scratch_folder() as scratch:  # Ray's own record, which nothing reads
+            tune.Tuner(
+                tune.with_resources(trial, needs if alone else {"CPU": 0, "memory": 1 << 20}),
+                tune_config=tune.TuneConfig(
+                    search_alg=JournalSearcher(
+                        space,
+                        journal,
+                        samples=samples,
+                        kind=self.searcher or space.searcher,
+                        seed=self.seed,
+                        steps=steps,
+                    ),
+                    scheduler=scheduler(space, journal.records, steps),
+                    num_samples=missing,
+                    max_concurrent_trials=self.concurrent or _room(base),
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="trials",
+                    storage_path=str(scratch),
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=base.max_failures),
+                ),
+            ).fit()
+        return any(record.state == "running" for record in journal.records)
+
+    def _report(self, space: Space, journal: "Journal", folder: str, interrupted: bool) -> Report:
+        from jobs import search_report
+        from jobs.search import trial_folder
+
+        report = Report(
+            job=self.job,
+            config=self.record(),
+            tables={"trials": search_report.table(space, journal.records)},
+            figures={"trials": search_report.figure(space, journal.records)},
+            folder=folder,
+        )
+        importance = search_report.importance(space, journal.records)
+        if importance is not None:
+            report.tables["importance"] = importance
+        states = [record.state for record in journal.records]
+        report.metrics = {"trials": float(len(states))} | {
+            state: float(states.count(state)) for state in ("finished", "stopped", "failed")
+        }
+        if interrupted:
+            place = f" --storage {self.storage}" if self.storage else ""
+            name = os.path.basename(folder.split("?")[0])
+            report.notes.append(f"interrupted; go on with: prism tune {self.space} --resume {name}{place}")
+            return report
+        best = best_trial(space, journal.records)
+        if best is None:
+            fault = next((record.fault for record in journal.records if record.fault), "all were stopped")
+            raise PrismError(f"no trial of {folder} reached its end: {fault}")
+        self._keep(space, best, trial_folder(journal.root, best.number), folder, report)
+        return report
+
+    def _keep(self, space: Space, best: "TrialRecord", place: str, folder: str, report: Report) -> None:
+        """Write down the best trial's job, and register its artifact."""
+        from jobs.launch import Tracking, _keep
+        from jobs.trial import changed
+
+        job = changed(self.base, best.values)
+        storage.write_bytes(storage.join(folder, BEST), json.dumps(job.record(), indent=1).encode())
+        report.metrics |= {"best_trial": float(best.number)} | {f"best_{k}": v for k, v in best.last.items()}
+        report.notes.append(f"the best trial's settings: prism run {job.job} --config {storage.join(folder, BEST)}")
+        if best.last["excess"] > 0 and space.limit is not None:
+            report.notes.append(
+                f"no trial kept {space.limit.metric} within {space.limit.slack:.0%} of the reference; "
+                f"the best exceeds that by {best.last['excess']:.1%}"
+            )
+        tracking = Tracking(job)
+        tracking.log(max(best.curve), best.last)
+        _keep(job, place, report, tracking)
+        tracking.finish("FINISHED")
+        report.notes += tracking.notes
+
+
+def tune_job(name: str) -> type[TuneJob]:
+    """The job of a named space, whose `base` has that space's own type and default: what typed flags are made from.
+
+    Raises InputError that lists the spaces.
+    """
+    if name not in SPACES:
+        raise InputError(f"unknown space {name!r}; there are {', '.join(SPACES)}")
+    base = job_class(SPACES[name].job)
+    made = create_model(f"Tune{base.__name__}", __base__=TuneJob, space=(Literal[name], name), base=(base, base()))
+    made.__doc__ = import_module(SPACES[name].module).__doc__
+    return made
+
+
+def best_trial(space: Space, records: list["TrialRecord"]) -> "TrialRecord | None":
+    """The finished trial with the best metric among the feasible ones; where none is, that with the best objective."""
+    finished = [record for record in records if record.state == "finished" and record.curve]
+    sign = 1 if space.mode == "min" else -1
+    return min(
+        finished,
+        key=lambda record: (record.last["excess"] > 0, sign * record.last["objective"], record.number),
+        default=None,
+    )
+
+
+def _check_paths(space: Space, base: TrainingJob) -> None:
+    """Raise InputError for a path that the job does not have."""
+    from jobs.trial import changed
+
+    examples = {path: domain.example for path, domain in space.varies.items()}
+    changed(base, examples | dict(space.limit.reference if space.limit else {}))
+
+
+def _reference(space: Space, base: TrainingJob, folder: str) -> dict[int, float]:
+    """The limited metric of the reference run by step, from its file or from running it now; empty without a limit."""
+    import ray
+
+    from jobs.trial import changed
+
+    if space.limit is None:
+        return {}
+    file = storage.join(folder, REFERENCE)
+    if not storage.exists(file):
+        alone = base.scaling.workers == 1
+        task = ray.remote(
+            num_cpus=base.scaling.cpus_per_worker if alone else 0,
+            num_gpus=1 if base.scaling.gpu and alone else 0,
+            max_retries=base.max_failures,
+            max_calls=1,
+        )(_run_reference)
+        job = changed(base, space.limit.reference)
+        found = ray.get(task.remote(job, storage.join(folder, "reference"), space.limit.metric))
+        if isinstance(found, str):
+            raise InputError(found)
+        storage.write_bytes(file, json.dumps(found).encode())
+    return {int(step): value for step, value in json.loads(storage.read_bytes(file)).items()}
+
+
+def _run_reference(job: TrainingJob, folder: str, metric: str) -> dict[int, float] | str:
+    """The reference's metric by step, or why there is none."""
+    from jobs.history import read_history
+    from jobs.trial import follow
+
+    try:
+        outcome = follow(job, folder, lambda evaluation: None)
+    except PrismError as error:
+        return str(error)
+    if outcome.reason not in ("finished", "early"):
+        return outcome.message
+    points = read_history(folder).get(metric)
+    return dict(points) if points else f"the reference run has no {metric!r} to compare with"
+
+
+def _run_trial(
+    space: Space, base: TrainingJob, folder: str, values: Mapping[str, Any], reference: Mapping[int, float]
+) -> None:
+    """One trial, inside Ray Tune. What it reports last says how it ended."""
+    from ray import tune
+
+    from jobs.trial import Evaluation, changed, follow, scored
+
+    last: dict[str, Any] = {"step": 0}
+
+    def watch(evaluation: Evaluation) -> None:
+        report = scored(space, evaluation, reference)
+        if report is not None:
+            last.update(report)
+            if evaluation.step < base.recipe.steps:
+                tune.report(dict(report))
+
+    try:
+        outcome = follow(changed(base, values), folder, watch)
+        reason, fault = outcome.reason, outcome.message
+    except PrismError as error:
+        reason, fault = "refused", str(error)
+    if reason in ("finished", "early") and "objective" not in last:
+        reason, fault = "unmeasured", f"the training never showed {space.metric!r}"
+    tune.report({**last, "reason": reason, "fault": fault})
+
+
+def _room(base: TrainingJob) -> int:
+    """How many trials fit into the cluster at a time."""
+    import ray
+
+    workers = base.scaling.workers if isinstance(base.scaling.workers, int) else base.scaling.workers[0]
+    there = ray.cluster_resources()
+    needs = {"CPU": workers * base.scaling.cpus_per_worker} | ({"GPU": workers} if base.scaling.gpu else {})
+    return max(1, min(int(there.get(kind, 0) // each) for kind, each in needs.items()))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, Field, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt, field_validator
 
 from cluster import connect
 from jobs.job import Job
@@ -91,6 +91,13 @@ class Reproduction(Job, frozen=True, extra="forbid"):
     """Seeds of the repetitions; means and deviations are over them."""
     out: Path | None = None
     """Folder of the document and its figures; None is docs/results of the checkout this runs in, else ./results."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _once_each(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{' '.join(map(str, seeds))} repeats a seed; give each once")
+        return seeds
 
     @abstractmethod
     def measure(self) -> Outcome:

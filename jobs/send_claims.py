@@ -62,8 +62,8 @@ def dropping(effects: "pd.DataFrame", study: Study, recipe: SendRecipe) -> Claim
             f"Coordinates of the answers' embeddings are set to zero, the answers being held fixed, and the change of "
             f"the score is averaged over {recipe.prompts} prompts; random is the mean of {study.random_sets} sets. "
             f"Each seed and fraction from {100 * judged[0]:g} % counts as a success when the sensitive coordinates "
-            f"lower the score more than at least {100 * CHANCE:g} % of the random sets do. Expected before: a ratio of "
-            f"{EXPECTED_RATIO}."
+            f"lower the score more than at least {100 * CHANCE:g} % of the random sets do. Expected "
+            f"beforehand, from byte-level models of width 96: {EXPECTED_RATIO} times what random ones do."
         ),
         verdict=held,
         findings=[

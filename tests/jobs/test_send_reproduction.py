@@ -124,8 +124,9 @@ def test_contradictions_and_bad_places_are_refused_before_any_work(tmp_path, mon
     ]:
         with pytest.raises(InputError, match=message):
             SendReproduction(out=tmp_path, **changes).run()
-    with pytest.raises(ValidationError, match="seeds"):
-        SendReproduction(seeds=())
+    for seeds in ((), (1, 2, 1), (-1,)):
+        with pytest.raises(ValidationError, match="seeds"):
+            SendReproduction(seeds=seeds)
 
 
 def test_the_folder_is_the_checkouts_inside_it_and_results_elsewhere(tmp_path, monkeypatch):

@@ -192,6 +192,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except PrismError as error:
         tell(" ".join(str(error).split()))
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return INTERRUPTED
         return BAD_INPUT if isinstance(error, MISUNDERSTOOD) else FAILED
     except BrokenPipeError:
         sys.stdout = None  # whoever read the output has gone; nothing is left to flush

@@ -34,6 +34,9 @@ METHODS = {
 
 JOBS = {
     "send": JobEntry("send", "jobs.send:SendJob", "train a causal language model with Sensitivity Dropout"),
+    "send-analysis": JobEntry(
+        "send", "jobs.send_analysis:SendAnalysis", "compare checkpoints: which coordinates move, how the scores swing"
+    ),
     "tokenize": JobEntry("send", "jobs.tokenize:TokenizeJob", "turn a large corpus into token stores to train on"),
 }
 

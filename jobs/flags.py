@@ -54,9 +54,9 @@ def parse_job(
 ) -> "tuple[Job, Options]":
     """The job, and the further `options` of the verb (a dataclass with defaults), that `args` describe.
 
-    The fields of the models that a job is made of (`recipe`, `scaling`) are flags without a prefix; a job inside a job
-    (`--base.steps`) and what is nested deeper (`--answers.samples`) keep theirs. `default` is the job that the flags
-    change.
+    The fields of the models that a job is made of (`recipe`, `scaling`) are flags without a prefix, unless a name
+    would mean two things; a job inside a job (`--base.steps`) and what is nested deeper (`--answers.samples`) keep
+    theirs. `default` is the job that the flags change.
     """
     flags = flat(job)
     both = make_dataclass(
@@ -72,12 +72,13 @@ def parse_job(
 
 def flat(job: "type[Job]") -> "type[Job]":
     """The same job for tyro: models among its fields lose their prefix, jobs keep it, and what is given is no flag."""
+    bare = _bare(job)
     inner: dict[str, Any] = {}
     defaults = {}
     for name, entry in job.model_fields.items():
         if _is_job(entry.annotation):
             inner[name] = flat(entry.annotation)
-        elif _is_model(entry.annotation):
+        elif name in bare:
             inner[name] = Annotated[entry.annotation, Flat]
         elif get_origin(entry.annotation) is Literal and len(get_args(entry.annotation)) == 1:
             inner[name] = Annotated[entry.annotation, tyro.conf.Suppress]
@@ -145,6 +146,19 @@ def _is_job(annotation: Any) -> bool:
     return _is_model(annotation) and hasattr(annotation, "job")
 
 
+def _bare(job: type[BaseModel]) -> set[str]:
+    """The fields of a job whose models lose their prefix."""
+    taken = {name for name, entry in job.model_fields.items() if not _is_model(entry.annotation)}
+    bare = set()
+    for name, entry in job.model_fields.items():
+        if _is_model(entry.annotation) and not _is_job(entry.annotation):
+            names = entry.annotation.model_fields.keys()
+            if not names & taken:
+                bare.add(name)
+                taken |= names
+    return bare
+
+
 def _prefix(options: type, title: str) -> str:
     """The prefix of the flags of the model class named `title`, somewhere inside the job of `parse_job`'s options."""
     job = getattr(options, "__annotations__", {}).get("job")
@@ -153,10 +167,10 @@ def _prefix(options: type, title: str) -> str:
 
 def _prefixes(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Class name and prefix of every model inside a model, as `flat` makes them."""
+    bare = _bare(model) if _is_job(model) else set()
     for name, entry in model.model_fields.items():
         if _is_model(entry.annotation):
-            bare = _is_job(model) and not _is_job(entry.annotation)
-            inner = prefix if bare else f"{prefix}{name}."
+            inner = prefix if name in bare else f"{prefix}{name}."
             yield entry.annotation.__name__, inner
             yield from _prefixes(entry.annotation, inner)
 
@@ -168,9 +182,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _in_one_line(box: str) -> str:
-    """What tyro prints in a box, as one line: its first paragraph, and the flag that it explains or suggests."""
+    """What tyro prints in a box, as one line: its first paragraph, and the flag that it explains or suggests.
+
+    A terminal that knows no box characters gets the title as a paragraph of its own.
+    """
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    paragraphs = [part.splitlines() for part in re.sub("─{8,}", "\f", "\n".join(lines)).split("\f")]
+    paragraphs = [part.splitlines() for part in re.sub("─{8,}|-{8,}", "\f", "\n".join(lines)).split("\f")]
+    if len(paragraphs) > 1 and not box.startswith("╭"):
+        del paragraphs[0]
     problem = " ".join(filter(None, paragraphs[0])).partition(" Got errors:")[0].rstrip(".")
     problem = re.sub(r"^Error parsing (\S+):", r"\1:", problem) or "the command line is not understood"
     flags = [line for part in paragraphs[1:] for line in part if line.startswith("--")]

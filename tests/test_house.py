@@ -133,7 +133,7 @@ def test_tables_say_what_there_is() -> None:
 def test_flags_of_a_job_are_distinct_and_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         flags.parse_job(FLAGGED[command](), RunOptions, ["--help"], prog=f"prism {command}")
-    flag = re.compile(r"│ (--[a-z][\w.-]*)(.*)")
+    flag = re.compile(r"[│ ] (--[a-z][\w.-]*)(.*)")
     lines = capsys.readouterr().out.splitlines()
     found = [(match[1], f"{match[2]}  {after}") for line, after in pairwise(lines) if (match := flag.match(line))]
     names = [name for name, _ in found]

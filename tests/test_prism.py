@@ -63,8 +63,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     return home, in_a_process(home, "run", "send", *TINY, "--name", "first", "--json")
 
 
-def in_a_process(home: Path, *args: str) -> Ran:
-    environment = {**os.environ, "PRISM_HOME": str(home)}
+def in_a_process(home: Path, *args: str, **settings: str) -> Ran:
+    environment = {**os.environ, "PRISM_HOME": str(home), **settings}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
     done = subprocess.run(
@@ -145,9 +145,10 @@ def test_bad_input_gets_one_line_and_status_2(
     assert ran.status == 2
 
 
-def test_a_narrow_terminal_does_not_break_the_line(run_prism: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    ran = run_prism("run", "send", "--engine", "zero9")
+@pytest.mark.parametrize("setting", [{"COLUMNS": "40"}, {"PYTHONIOENCODING": "ascii"}], ids=["narrow", "ascii"])
+def test_a_poor_terminal_does_not_break_the_line(setting: dict[str, str], private_home: Path) -> None:
+    ran = in_a_process(private_home, "run", "send", "--engine", "zero9", **setting)
+    assert "prism: invalid choice 'zero9' for argument '--engine'. " in ran.problem()
     assert "'ddp', 'fsdp', 'zero1', 'zero2', 'zero3'" in ran.problem()
 
 

@@ -135,15 +135,12 @@ class SendAnalysis(Job, frozen=True, extra="forbid"):
         for source, key in zip(sources, keys, strict=True):
             if kept.get(key) is None and key not in pending:
                 pending[key] = task.remote(self, source, key)
-        try:
-            for source, key in zip(sources, keys, strict=True):
-                found = kept.get(key) or _got(pending[key], source)
-                if isinstance(found, Fault):
-                    raise (ArtifactError if found.artifact else InputError)(found.message)
-                yield found
-        finally:
-            for reference in pending.values():
-                ray.cancel(reference, force=True)
+        # none is cancelled when one is at fault: Ray 2.60 may abort the driver when a cancelled task just ends
+        for source, key in zip(sources, keys, strict=True):
+            found = kept.get(key) or _got(pending[key], source)
+            if isinstance(found, Fault):
+                raise (ArtifactError if found.artifact else InputError)(found.message)
+            yield found
 
     def _key(self, source: Source) -> str:
         """Identifies what a task finds: the checkpoint's content, the texts, and the settings that enter it."""

@@ -49,9 +49,9 @@ class SendReproduction(Reproduction, frozen=True, extra="forbid"):
     widths: tuple[int, ...] = Field((128, 512, 1024, 2048, 5120), min_length=2)
     """Widths d at which the scores are timed, with as many answers as the recipe draws (claim C)."""
     answer_counts: tuple[int, ...] = Field((10, 32, 100, 316, 1000, 3162), min_length=2)
-    """Numbers of answers K at which they are timed, at one width."""
+    """Numbers of answers K at which the scores are timed, at one width (claim C)."""
     answers_width: PositiveInt = 2048
-    """That width."""
+    """The width at which the number of answers varies (claim C)."""
     seconds_per_timing: float = Field(0.5, gt=0)
     """How long each form is repeated; the median counts."""
     gpu: bool = False

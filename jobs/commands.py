@@ -5,8 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import JOBS, METHODS, SEARCHES, job_class
 from library.errors import InputError
@@ -65,7 +64,7 @@ class OnCluster(Output):
 class RunOptions(OnCluster):
     """Flags of `prism run` beside those of the job."""
 
-    config: Path | None = None
+    config: str | None = None
     """A job's record to start from (job.json or report.json of a run, config.json in the registry); flags change it."""
 
 
@@ -73,26 +72,24 @@ def run(args: Sequence[str]) -> int:
     """Run a job: prism run JOB [flags], or repeat one: prism run --config FILE [flags]."""
     if _asks_for_help(args):
         return _explain(run, {name: entry.summary for name, entry in JOBS.items()})
-    name, rest, record = _named(args)
-    if name is None:
-        name = record.get("job")
+    given = _given(args)
+    name = given.name or given.record.get("job")
     if name is None:
         raise InputError(f"name a job, as in `prism run send`; there are {', '.join(JOBS)}")
-    return _run(job_class(name), rest, record, prog=f"prism run {name}")
+    return _run(job_class(name), given, prog=f"prism run {name}")
 
 
 def tune(args: Sequence[str]) -> int:
     """Search for a job's best settings: prism tune SPACE [--samples N] [flags]."""
     if _asks_for_help(args):
         return _explain(tune, SEARCHES)
-    name, rest, record = _named(args)
-    if name is None:
-        name = record.get("space")
+    given = _given(args)
+    name = given.name or given.record.get("space")
     if name is None:
         raise InputError(f"name a space, as in `prism tune send`; there are {', '.join(SEARCHES)}")
     from jobs.tuning import tune_job
 
-    return _run(tune_job(name), rest, record, prog=f"prism tune {name}")
+    return _run(tune_job(name), given, prog=f"prism tune {name}")
 
 
 def reproduce(args: Sequence[str]) -> int:
@@ -101,11 +98,11 @@ def reproduce(args: Sequence[str]) -> int:
 
     if _asks_for_help(args):
         return _explain(reproduce, {name: METHODS[name].summary for name in REPRODUCTIONS})
-    name, rest, record = _named(args)
-    if name is None:
+    given = _given(args)
+    if given.name is None:
         raise InputError(f"name a method, as in `prism reproduce send`; there are all, {', '.join(REPRODUCTIONS)}")
-    for method in REPRODUCTIONS if name == "all" else [name]:
-        status = _run(reproduction_class(method), rest, record, prog=f"prism reproduce {method}")
+    for method in REPRODUCTIONS if given.name == "all" else [given.name]:
+        status = _run(reproduction_class(method), given, prog=f"prism reproduce {method}")
         if status != SUCCESS:
             return status
     return SUCCESS
@@ -125,12 +122,41 @@ def rows(*columns: str, title: str | None = None) -> "Table":
     return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
 
 
-def _run(job: "type[Job]", args: Sequence[str], record: Mapping[str, Any], *, prog: str) -> int:
+class Given(NamedTuple):
+    """A command line before its flags are parsed: what it names, its flags, and the record that these change."""
+
+    name: str | None
+    flags: Sequence[str]
+    record: dict[str, Any]
+    source: str | None
+
+
+def _given(args: Sequence[str]) -> Given:
+    """The record is that of --config, or for --resume that of the run which goes on, so that it keeps its recipe."""
     from jobs import flags
 
-    file = _value(args, "--config")
-    default = flags.from_record(job, record, source=Path(file)) if file else None
-    made, options = flags.parse_job(job, RunOptions, args, prog=prog, default=default)
+    name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    source = _value(rest, "--config") or _resumed(rest)
+    return Given(name, rest, flags.load_record(source) if source else {}, source)
+
+
+def _resumed(args: Sequence[str]) -> str | None:
+    """The record of the run that a command line goes on with; None when it starts one, or names none that there is."""
+    from cluster import storage
+    from cluster.registry_session import home
+
+    name = _value(args, "--name")
+    if "--resume" not in args or name is None:
+        return None
+    place = storage.join(_value(args, "--storage") or home() / "runs", name, "job.json")
+    return place if storage.exists(place) else None
+
+
+def _run(job: "type[Job]", given: Given, *, prog: str) -> int:
+    from jobs import flags
+
+    default = flags.from_record(job, given.record, source=given.source) if given.source else None
+    made, options = flags.parse_job(job, RunOptions, given.flags, prog=prog, default=default)
     with options.connected():
         report = made.run()
     report.show(options.console())
@@ -140,15 +166,6 @@ def _run(job: "type[Job]", args: Sequence[str], record: Mapping[str, Any], *, pr
 
     stopped = report.artifact is None and isinstance(made, TrainingJob | TuneJob)
     return INTERRUPTED if stopped else SUCCESS
-
-
-def _named(args: Sequence[str]) -> tuple[str | None, Sequence[str], dict[str, Any]]:
-    """What the first argument names, the arguments after it, and the content of the --config among them."""
-    from jobs import flags
-
-    name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    file = _value(rest, "--config")
-    return name, rest, flags.load_record(Path(file)) if file else {}
 
 
 def _asks_for_help(args: Sequence[str]) -> bool:

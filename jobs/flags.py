@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import tyro
 from pydantic import BaseModel, ValidationError
 
+from cluster import storage
 from library.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,23 +88,24 @@ def flat(job: "type[Job]") -> "type[Job]":
     return type(job.__name__, (job,), {"__annotations__": inner, "__module__": job.__module__, **defaults})
 
 
-def load_record(file: Path) -> dict[str, Any]:
-    """The record of a job: a run's job.json, a registered run's config.json, or the config of a report.json.
+def load_record(place: str) -> dict[str, Any]:
+    """The record of a job, from a file or URI: a run's job.json, a registered run's config.json, or a report.json.
 
-    Raises InputError for a file that is not there or holds no JSON object.
+    Raises InputError for a place that is not there or holds no JSON object.
     """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        content = Path(place).read_bytes() if storage.is_local(place) else storage.read_bytes(place)
+        record = json.loads(content)
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        raise InputError(f"{place} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
+        raise InputError(f"{place} is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise InputError(f"{file} holds no JSON object; a job's record is one, such as job.json in a run's folder")
+        raise InputError(f"{place} holds no JSON object; a job's record is one, such as job.json in a run's folder")
     return record.get("config", record)
 
 
-def from_record(job: "type[Job]", record: Mapping[str, Any], *, source: Path) -> "Job":
+def from_record(job: "type[Job]", record: Mapping[str, Any], *, source: str) -> "Job":
     """The job of a record. Raises InputError that names the fields at fault, and when it is another job's record."""
     named = record.get("job", job.job)
     if named != job.job:

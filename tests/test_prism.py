@@ -208,7 +208,7 @@ def test_a_record_repeats_its_run_to_the_bit(
     trained: tuple[Path, Ran], run_prism: Any, ray_cluster: Connection, ready_registry: Path
 ) -> None:
     run = trained[0] / "runs" / "first"
-    job, report = (flags.load_record(run / record) for record in ("job.json", "report/report.json"))
+    job, report = (flags.load_record(str(run / record)) for record in ("job.json", "report/report.json"))
     assert job.items() <= report.items()
     again = run_prism("run", "--config", run / "report" / "report.json", "--name", "again", "--json")
     assert again.status == 0, again.err
@@ -217,6 +217,19 @@ def test_a_record_repeats_its_run_to_the_bit(
     assert second.recipe == first.recipe
     assert second.files == first.files
     assert second.metrics == first.metrics
+
+
+@pytest.mark.ray
+def test_a_resumed_run_keeps_its_recipe_without_being_told(
+    trained: tuple[Path, Ran], run_prism: Any, ray_cluster: Connection, ready_registry: Path
+) -> None:
+    shutil.copytree(trained[0] / "runs" / "first", ready_registry.parent / "runs" / "first")
+    gone_on = run_prism("run", "send", "--name", "first", "--resume", "--json")
+    assert gone_on.status == 0, gone_on.err
+    assert json.loads(gone_on.out)["metrics"]["steps"] == 4
+    changed = run_prism("run", "send", "--name", "first", "--resume", "--steps", "9")
+    assert "started with another recipe (steps differ)" in changed.problem()
+    assert changed.status == 2
 
 
 def test_a_record_is_checked_like_flags(trained: tuple[Path, Ran], run_prism: Any, tmp_path: Path) -> None:

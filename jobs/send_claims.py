@@ -115,6 +115,17 @@ def training(arms: "pd.DataFrame", study: Study, recipe: SendRecipe) -> Claim:
     def lower(column: str, other: str = "plain") -> str:
         return f"lower in {int((difference(column, other) < 0).sum())} of {len(values['SeND'])} seeds"
 
+    def chance() -> str:
+        """How far the difference of EigenScore is from 0, against its spread over the seeds."""
+        own = difference("eigenscore")
+        if len(own) < 2:
+            return "One seed says nothing of chance."
+        errors = abs(own.mean()) / (own.std() / len(own) ** 0.5)
+        return (
+            f"The difference of EigenScore is {errors:.1f} standard errors over {len(own)} seeds from 0. Were the arms "
+            f"alike, all seeds would fall on one side by chance once in {2 ** (len(own) - 1)} such studies."
+        )
+
     return Claim(
         title="B. Training with SeND gives a lower and steadier EigenScore",
         paper=(
@@ -137,6 +148,7 @@ def training(arms: "pd.DataFrame", study: Study, recipe: SendRecipe) -> Claim:
         findings=[
             f"EigenScore, mask removed: SeND minus plain {mean_and_deviation(difference('eigenscore'))}, "
             f"{lower('eigenscore')}; than random dropout {lower('eigenscore', 'random')}.",
+            chance(),
             f"Its deviation over epochs: SeND {lower('eigenscore_swing')} than plain, "
             f"{lower('eigenscore_swing', 'random')} than random dropout. EES: {lower('ees')} than plain, its deviation "
             f"{lower('ees_swing')}.",
@@ -163,7 +175,7 @@ def times(found: "pd.DataFrame") -> Claim:
         {
             "d": found["d"],
             "K": found["K"],
-            **{f"{name}, ms": [f"{1e3 * seconds:.3g}" for seconds in found[name]] for name in (OFFICIAL, EXACT, EES)},
+            **{f"{name}, ms": [milliseconds(seconds) for seconds in found[name]] for name in (OFFICIAL, EXACT, EES)},
             "published / EES": [f"{ratio:.3g}" for ratio in found[OFFICIAL] / found[EES]],
             "exact / EES": [f"{ratio:.3g}" for ratio in found[EXACT] / found[EES]],
         }
@@ -244,7 +256,8 @@ def detection(areas: "pd.DataFrame", study: Study, recipe: SendRecipe) -> Claim:
             f"every score, larger means hallucinated. A seed is a success when EigenScore's area is above 0.5 by more "
             f"than two standard errors."
         ),
-        verdict=verdict(list(above), "seeds") + (f", and is inverted in {int(below.sum())}" if below.any() else ""),
+        verdict=verdict(list(above), "seeds")
+        + (f", and is inverted in {int(below.sum())} of {len(below)}" if below.any() else ""),
         findings=[
             f"EigenScore is above chance by two standard errors in {int(above.sum())} of {len(above)} seeds, below it "
             f"in {int(below.sum())}.",
@@ -258,6 +271,16 @@ def detection(areas: "pd.DataFrame", study: Study, recipe: SendRecipe) -> Claim:
         tables={"AUROC": table},
         figure="send-detection",
     )
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and no exponent.
+
+    >>> milliseconds(0.0001234), milliseconds(6.29)
+    ('0.123', '6290')
+    """
+    value = 1e3 * seconds
+    return f"{value:.3g}" if value < 1e3 else f"{value:.0f}"
 
 
 def headlines(

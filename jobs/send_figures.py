@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jobs.send_claims import AUROCS
 from library.send.study import ARMS, RANDOM, RESAMPLED, SENSITIVE
 from library.send.timing import EES, EXACT, OFFICIAL
 
@@ -29,20 +30,24 @@ COLOURS = {  # Okabe and Ito's, told apart by people who see colours differently
 
 
 def overview(effects: "pd.DataFrame", times: "pd.DataFrame") -> "Figure":
-    """The picture of the method: what sensitive coordinates do to EigenScore, and what the score costs."""
+    """The picture of the method: how much more than chance each choice lowers EigenScore, and what the score costs."""
     drawn = _figure(9.6, 3.7)
     left, right = drawn.subplots(1, 2)
     mean = effects.groupby(["choice", "fraction"])[["change", "deviation"]].mean()
-    chance, sensitive = mean.loc[RANDOM], mean.loc[SENSITIVE]
-    percent = 100 * chance.index.to_numpy()
-    low, high = chance["change"] - 2 * chance["deviation"], chance["change"] + 2 * chance["deviation"]
-    left.fill_between(percent, low, high, color=COLOURS[RANDOM], alpha=0.3, lw=0, label="random, ±2 deviations")
-    left.plot(percent, chance["change"], color=COLOURS[RANDOM], lw=1.5, label="random, mean")
-    left.plot(percent, sensitive["change"], color=COLOURS[SENSITIVE], marker="o", ms=5, lw=2, label="sensitive")
+    chance = mean.loc[RANDOM]
+    percent, spread = 100 * chance.index.to_numpy(), 2 * (chance["deviation"] / chance["change"]).abs()
+    left.fill_between(
+        percent, 1 - spread, 1 + spread, color=COLOURS[RANDOM], alpha=0.3, lw=0, label="random, 2 deviations"
+    )
+    for choice in ("largest variance over answers", "largest mean square", SENSITIVE):
+        ratio = mean.loc[choice]["change"] / chance["change"]
+        left.plot(percent, ratio, color=COLOURS[choice], marker="o", ms=4, lw=1.8, label=choice)
+    left.axhline(1, color=COLOURS[RANDOM], lw=1.2)
+    left.set_ylim(top=left.get_ylim()[1] + 0.25)
     left.set_xlabel("coordinates dropped (%)")
-    left.set_ylabel("change of EigenScore")
-    left.set_title("Dropping sensitive coordinates", loc="left")
-    left.legend(frameon=False, loc="lower left")
+    left.set_ylabel("times a random set's effect")
+    left.set_title("Fall of EigenScore when coordinates are dropped", loc="left")
+    left.legend(frameon=False, loc="upper right", fontsize=9)
     _times(right, times, along="K", title="Time of one score")
     return drawn
 
@@ -90,7 +95,7 @@ def training_figure(epochs: "pd.DataFrame", window: int) -> "Figure":
         axis.set_title(title, loc="left")
         axis.set_xlabel("epoch (right of the dots: a mask in force)")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    drawn.axes[0].legend(frameon=False)
+    drawn.axes[2].legend(frameon=False, loc="lower left")
     return drawn
 
 
@@ -100,6 +105,7 @@ def times_figure(times: "pd.DataFrame") -> "Figure":
     left, right = drawn.subplots(1, 2, sharey=True)
     _times(left, times, along="d", title="")
     _times(right, times, along="K", title="")
+    right.get_legend().remove()
     return drawn
 
 
@@ -115,7 +121,7 @@ def areas_figure(areas: "pd.DataFrame") -> "Figure":
             rows["auroc"], offsets, xerr=2 * rows["standard_error"], fmt="o", color="#0072B2", ms=5, capsize=3
         )
     axis.axvline(0.5, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(scores)), [score.replace("_", " ") for score in scores])
+    axis.set_yticks(range(len(scores)), [AUROCS[score] for score in scores])
     axis.set_ylim(len(scores) - 0.5, -0.5)
     axis.set_xlim(0, 1)
     axis.set_xlabel("AUROC for a hallucinated continuation, ±2 standard errors; a point per seed")

@@ -59,7 +59,7 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """Over how many of the last epochs a score's mean and deviation are taken."""
     held_out_blocks: PositiveInt = 64
     """Test blocks of the held-out loss."""
-    cases: PositiveInt = 600
+    cases: PositiveInt = 400
     """Test documents that are cut before an entity, for the accuracy (claim B) and detection (claim D)."""
 
     def check(self, recipe: SendRecipe) -> None:

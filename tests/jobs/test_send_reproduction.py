@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from jobs import flags, reproduce
 from jobs.commands import Output
 from jobs.reproduce import command_line, markdown, mean_and_deviation, reproduction_class, verdict
+from jobs.send_claims import milliseconds
 from jobs.send_reproduction import SendReproduction
 from library.errors import InputError, PrismError
 from library.send.recipe import SendRecipe
@@ -66,7 +67,7 @@ def test_the_documents_numbers_are_those_of_the_report(runs):
     times = report.tables["times"]
     lines = [line.strip("| ").split(" | ") for line in section(text, "C").splitlines() if re.match(r"\| \d", line)]
     assert [[int(cells[0]), int(cells[1])] for cells in lines] == times[["d", "K"]].values.tolist()
-    assert [cells[3] for cells in lines] == [f"{1e3 * seconds:.3g}" for seconds in times["EigenScore, exact"]]
+    assert [cells[3] for cells in lines] == [milliseconds(seconds) for seconds in times["EigenScore, exact"]]
     areas = report.tables["detection"].set_index("score")
     assert rows(section(text, "D"))["0"][3] == str(areas["decided"].iloc[0])
 
@@ -167,4 +168,5 @@ def test_counting_and_tables():
     assert verdict([True, False], "seeds") == "holds in 1 of 2 seeds"
     assert verdict([False], "seeds") == "does not hold in any of 1 seeds"
     assert mean_and_deviation([2.0]) == "2.000"
+    assert [milliseconds(s) for s in (1.234e-4, 0.5, 6.2944)] == ["0.123", "500", "6294"]
     assert markdown(pd.DataFrame({"a": ["x"], "b": [1]})) == "| a | b |\n| --- | ---: |\n| x | 1 |"

@@ -15,7 +15,17 @@ from typing import Any
 from tyro.conf import Positional
 
 from jobs import commands, registry_commands
-from jobs.commands import BAD_INPUT, FAILED, INTERRUPTED, SUCCESS, OnCluster, Output, rows, tell
+from jobs.commands import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    SUCCESS,
+    OnCluster,
+    Output,
+    rows,
+    tell,
+    terminate_like_interrupt,
+)
 from library.errors import ArtifactError, InputError, PrismError
 
 
@@ -67,13 +77,13 @@ class Serve(OnCluster):
         artifacts = {name: reference for name, _, reference in pairs}
         names = list(dict.fromkeys([*self.endpoints, *artifacts])) if self.endpoints else None
         with serve_endpoints(names, artifacts, host=self.host, port=self.port, address=self.address) as served:
-            console = self.console()
-            table = rows("endpoint", "artifact", "ask it at", "its page")
-            for name, reference in served.endpoints.items():
-                table.add_row(name, reference, f"{served.url}/{name}/predict", f"{served.url}/{name}/docs")
-            console.print(table)
-            first = next(iter(served.endpoints))
-            console.print(f"try: prism ask {first} --url {served.url}    stop: Ctrl-C", highlight=False)
+            terminate_like_interrupt()
+            lines = [
+                f"{name} serves {reference}\n  POST {served.url}/{name}/predict\n  page {served.url}/{name}/docs"
+                for name, reference in served.endpoints.items()
+            ]
+            lines.append(f"try: prism ask {next(iter(served.endpoints))} --url {served.url}    stop: Ctrl-C")
+            self.console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
             self.finish({"url": served.url, "endpoints": served.endpoints})
             served.wait()
         return SUCCESS
@@ -115,6 +125,7 @@ class ClusterLocal:
         from cluster.local import LocalCluster
 
         with LocalCluster(self.nodes, self.cpus_per_node) as local:
+            terminate_like_interrupt()
             print(f"{local.connection}", flush=True)
             print(f"use it: prism run send --workers 2 --address {local.address}    stop: Ctrl-C", flush=True)
             threading.Event().wait()
@@ -182,7 +193,7 @@ MISUNDERSTOOD = (InputError, ArtifactError)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    before = _terminate_like_interrupt()
+    before = terminate_like_interrupt()
     try:
         return _dispatch(list(sys.argv[1:] if args is None else args))
     except SystemExit as stop:  # a verb's --help
@@ -253,13 +264,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _terminate_like_interrupt() -> Any:
-    """Let SIGTERM end a command as cleanly as Ctrl-C does; the handler before, None outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _keep_traceback() -> Path:

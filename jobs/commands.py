@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +55,7 @@ class OnCluster(Output):
         from cluster import connect
 
         connection = connect(self.address)
+        terminate_like_interrupt()
         tell(str(connection))
         try:
             yield connection
@@ -106,6 +109,16 @@ def reproduce(args: Sequence[str]) -> int:
         if status != SUCCESS:
             return status
     return SUCCESS
+
+
+def terminate_like_interrupt() -> Any:
+    """Let SIGTERM end a command as cleanly as Ctrl-C; returns the handler before, None outside the main thread.
+
+    Starting or joining Ray installs a handler that aborts the process, so this is called again after it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def tell(text: str) -> None:

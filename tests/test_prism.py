@@ -288,7 +288,7 @@ def test_a_port_in_use_is_named(trained: tuple[Path, Ran], run_prism: Any, ray_c
 
 
 @pytest.mark.ray
-def test_serve_stays_until_interrupted_and_ask_gets_its_answer(trained: tuple[Path, Ran], run_prism: Any) -> None:
+def test_serve_stays_until_terminated_and_ask_gets_its_answer(trained: tuple[Path, Ran], run_prism: Any) -> None:
     home, _ = trained
     port = str(prism.free_port())
     with started(home, "serve", "score", "--port", port, "--json") as server:
@@ -301,7 +301,7 @@ def test_serve_stays_until_interrupted_and_ask_gets_its_answer(trained: tuple[Pa
         refused = run_prism("ask", "score", "--data", '{"text": 3}', "--url", served["url"])
         assert "text" in refused.problem()
         assert refused.status == 2
-        below = interrupted(server)
+        below = ended(server, signal.SIGTERM)
     assert server.returncode == 130
     assert not below
     nobody = run_prism("ask", "score", "--url", served["url"])
@@ -313,7 +313,7 @@ def test_serve_stays_until_interrupted_and_ask_gets_its_answer(trained: tuple[Pa
 def test_a_local_cluster_is_gone_after_an_interrupt(private_home: Path) -> None:
     with started(private_home, "cluster", "local", "--nodes", "2", "--cpus-per-node", "1") as cluster:
         assert "2 nodes, 2 CPUs" in cluster.stdout.readline()
-        below = interrupted(cluster)
+        below = ended(cluster, signal.SIGINT)
     assert cluster.returncode == 130
     assert not below
 
@@ -377,11 +377,11 @@ class started:
         self.process.stdout.close()
 
 
-def interrupted(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """Press Ctrl-C, wait for the end, and return what the process had started that still runs."""
+def ended(process: "subprocess.Popen[str]", by: signal.Signals) -> list[psutil.Process]:
+    """Send the signal, wait for the end, and return what the process had started that still runs."""
     below = psutil.Process(process.pid).children(recursive=True)
     assert below
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     process.wait(timeout=120)
     deadline = time.monotonic() + 20
     while (alive := [child for child in below if child.is_running()]) and time.monotonic() < deadline:

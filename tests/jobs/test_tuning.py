@@ -22,6 +22,7 @@ from jobs.trial import Evaluation, changed, scored
 from jobs.tuning import SearchEntry, TuneJob, best_trial, tune_job
 from library.artifact import open_artifact
 from library.errors import InputError
+from library.recipe import fit
 from library.send.recipe import load_send
 from tests.jobs import toy_space
 from tests.jobs.toy import ToyJob, ToyRecipe
@@ -134,19 +135,22 @@ toy_tune({str(tmp_path)!r}, samples=5, base=base).run()
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster", "ready_registry")
-def test_trials_of_several_workers_run_with_ray_train_and_give_the_same_numbers(tmp_path):
-    base = {"recipe": {"steps": 4, "samples": 32}, "checkpoint_every": 2}
-    alone = toy_tune(tmp_path, samples=1, base=base, name="alone").run()
-    both = toy_tune(tmp_path, samples=1, base=base | {"scaling": {"workers": 2}}, name="both", concurrent=1).run()
-    assert both.metrics["best_validation_loss"] == pytest.approx(alone.metrics["best_validation_loss"], rel=1e-5)
+def test_a_trial_of_several_workers_gives_the_numbers_of_one(tmp_path):
+    base = {"recipe": {"steps": 4, "samples": 32}, "checkpoint_every": 2, "scaling": {"workers": 2}}
+    job = toy_tune(tmp_path, samples=1, base=base, concurrent=1)
+    report = job.run()
+    best = report.tables["trials"].iloc[0]
+    alone = fit(changed(job.base, {path: best[path] for path in SPACE.varies}).recipe, path=tmp_path / "alone")
+    assert report.metrics["best_validation_loss"] == pytest.approx(alone.metrics["loss"], rel=1e-5)
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster", "ready_registry")
-def test_a_trial_that_diverges_fails_alone(tmp_path):
+def test_a_base_job_that_diverges_is_refused_before_any_trial(tmp_path):
     base = {"recipe": {"steps": 18, "samples": 32, "poison_at": 9}, "checkpoint_every": 6}
     with pytest.raises(InputError, match=r"not finite|nan"):
         toy_tune(tmp_path, samples=2, base=base).run()
+    assert not (tmp_path / "s" / "trials").exists()
 
 
 @pytest.mark.ray
@@ -239,7 +243,7 @@ def test_the_scheduler_of_a_resumed_search_knows_the_rungs():
     assert decisions == ["CONTINUE", "STOP"]
 
 
-def test_interrupted_trials_stay_to_be_gone_on_with(tmp_path):
+def test_interrupted_trials_are_given_again_and_closed_ones_are_written_down(tmp_path):
     journal = Journal(str(tmp_path))
     searcher = JournalSearcher(SPACE, journal, samples=2, kind="random", seed=0, steps=18)
     first = searcher.suggest("a")
@@ -249,6 +253,11 @@ def test_interrupted_trials_stay_to_be_gone_on_with(tmp_path):
     assert again.suggest("b") == first
     assert again.suggest("c")["number"] == 1
     assert again.suggest("d") == "FINISHED"
+    again.on_trial_complete("c", {"step": 0, "reason": "non-finite", "fault": "loss is nan"})
+    again.on_trial_complete("b", report | {"reason": "finished"})
+    records = {record.number: record for record in Journal(str(tmp_path)).records}
+    assert (records[1].state, records[1].fault) == ("failed", "loss is nan")
+    assert (records[0].state, list(records[0].curve)) == ("finished", [2])
 
 
 def test_bad_searches_are_refused_in_one_line(tmp_path):

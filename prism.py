@@ -160,12 +160,13 @@ class Demo(OnCluster):
                 address = f"{served.url}/hallucination/predict"
                 answer = ask("hallucination", {"prompt": prompt, "seed": 0}, served.url)["results"][0]
         console.print(demo.comparison(reports))
+        risk = answer["no_risk"] if answer["risk"] is None else f"risk of a hallucination {answer['risk']:.2f}"
         lines = [
             "One seed of a small model shows that the line works, not which arm is better: see prism reproduce send.",
             f"Asked {address}",
             f"  prompt  {prompt}",
             f"  answer  {answer['answer']}",
-            f"  EigenScore {answer['eigenscore']:.3f}, EES {answer['ees']:.3f} ({answer['method']})",
+            f"  EigenScore {answer['eigenscore']:.3f}, EES {answer['ees']:.3f} ({answer['method']}), {risk}",
             "Go on: prism serve hallucination, prism registry show send, prism run send --help",
         ]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -20,8 +20,8 @@ PROMPT_WORDS = 10
 def arms(steps: int, *, workers: int = 2) -> dict[str, SendJob]:
     """SeND and plain training from the same weights and batches, with DeepSpeed ZeRO-2.
 
-    Only what is dropped differs. SeND's artifact becomes the champion of model `send`, that of plain training the one
-    of `send-plain`.
+    Only what is dropped differs, and that the risk is calibrated for SeND alone. Its artifact becomes the champion of
+    model `send`, that of plain training the one of `send-plain`.
     """
     recipe = SendRecipe(
         steps=steps,
@@ -33,7 +33,7 @@ def arms(steps: int, *, workers: int = 2) -> dict[str, SendJob]:
         answers=DetectionSettings(max_new_tokens=16),
     )
     shared = {"scaling": Scaling(workers=workers), "engine": "zero2", "checkpoint_every": steps, "champion": True}
-    plain = recipe.model_copy(update={"selection": "none"})
+    plain = recipe.model_copy(update={"selection": "none", "calibration_cases": 0})
     return {
         "SeND": SendJob(recipe=recipe, **shared),
         "plain": SendJob(recipe=plain, register_as="send-plain", **shared),

@@ -204,7 +204,7 @@ def _make_parent(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise PrismError(f"cannot write {path}: a parent of it is a file; choose another folder") from error
+        raise InputError(f"cannot write {path}: a parent of it is a file; choose another folder") from error
 
 
 def _put(file: Path, uri: Location) -> None:

@@ -1,6 +1,7 @@
 """The driver's side of a training job: check, start Ray Train, show progress, stop on demand, keep the result."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -165,7 +166,7 @@ def _fit(job: "TrainingJob", folder: str, board: Any, ended: list[BaseException 
     try:
         TorchTrainer(
             _worker,
-            train_loop_config={"job": job, "folder": folder, "board": board},
+            train_loop_config={"job": job, "folder": folder, "board": board, "cwd": os.getcwd()},
             torch_config=TorchConfig(timeout_s=1800),
             scaling_config=ScalingConfig(
                 num_workers=scaling.workers,
@@ -191,6 +192,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     from jobs.training import train
 
+    _stand_in(config["cwd"])
     device = get_device()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -198,6 +200,12 @@ def _worker(config: dict[str, Any]) -> None:
     outcome = train(config["job"], config["folder"], device, poster)
     poster.post(outcome=outcome)
     poster.flush()
+
+
+def _stand_in(cwd: str) -> None:
+    """Work in the driver's folder where this machine has it, so that a relative path means the same file there."""
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
 
 
 def _accelerator(job: "TrainingJob") -> str | None:
@@ -236,11 +244,11 @@ def _open_folder(job: "TrainingJob") -> str:
     if not job.resume:
         if storage.exists(record):
             raise InputError(f"a run {name!r} exists at {folder}; choose another name, or go on with it by --resume")
-        storage.write_bytes(record, job.model_dump_json(indent=1).encode())
+        storage.write_bytes(record, json.dumps(job.record(), indent=1).encode())
         return folder
     if not storage.exists(record):
         raise InputError(f"there is no run {name!r} at {root} to go on with; it has {_runs(root)}")
-    before = type(job).model_validate_json(storage.read_bytes(record)).recipe.model_dump(mode="json")
+    before = json.loads(storage.read_bytes(record))["recipe"]
     now = job.recipe.model_dump(mode="json")
     changed = sorted(key for key in before | now if before.get(key) != now.get(key))
     if changed:
@@ -275,7 +283,8 @@ def _keep(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -
     import ray
 
     gpus = 1 if job.scaling.gpu else 0
-    place = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_write_result).remote(job, folder))
+    write = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_write_result)
+    place = ray.get(write.remote(job, folder, os.getcwd()))
     report.artifact = place
     model = job.register_as or job.recipe.kind
     try:
@@ -288,8 +297,9 @@ def _keep(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -
         report.notes.append(str(error))
 
 
-def _write_result(job: "TrainingJob", folder: str) -> str:
+def _write_result(job: "TrainingJob", folder: str, cwd: str) -> str:
     """The artifact of a finished run, streamed from its last or best checkpoint."""
+    _stand_in(cwd)
     recipe = job.recipe
     root = storage.join(folder, "checkpoints")
     best = best_checkpoint(root, recipe.metric, recipe.mode) if job.artifact_from == "best" else None

@@ -62,7 +62,7 @@ class Report:
             metrics.add_row(name, f"{value:.6g}")
         console.print(metrics)
         for name, frame in self.tables.items():
-            if len(frame) <= 40:
+            if len(frame) <= 40 and name != "curves":
                 table = Table(*map(str, frame.columns), title=name, title_justify="left")
                 for row in frame.itertuples(index=False):
                     table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))

@@ -14,8 +14,9 @@ from library.errors import ArtifactError, InputError
 from library.recipe import seeded_model
 from library.send import pythia
 from library.send.hub import is_loadable
-from library.send.recipe import SendRecipe, load_send
+from library.send.recipe import SendRecipe
 from library.send.tokens import Tokenizer, check_vocabulary, load_tokenizer
+from library.send.trained import load_send
 from library.weights import load_tensors
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from library.errors import PrismError
+from library.errors import InputError
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to `path` when the block ends well and removed when it does not.
 
-    An existing `path` is replaced. Raises PrismError for a full disk or a place that may not be written.
+    An existing `path` is replaced. Raises InputError for a full disk or a place that may not be written.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in reasons:
             raise
-        raise PrismError(f"cannot write {path}: {reasons[error.errno]}") from error
+        raise InputError(f"cannot write {path}: {reasons[error.errno]}") from error
 
 
 def _flush(path: Path) -> None:

@@ -154,8 +154,8 @@ def serve_endpoints(
     Serve that runs in the cluster already is used when it has this host and port.
 
     Raises, before anything is deployed: InputError for an unknown endpoint, model or alias, ArtifactError for a bad
-    artifact, PrismError for a port in use or a Ray that cannot be reached. When an endpoint does not start, PrismError
-    says why, and nothing that this call deployed stays.
+    artifact, InputError for a port in use, PrismError for a Ray that cannot be reached. When an endpoint does not
+    start, PrismError says why, and nothing that this call deployed stays.
 
     Example:
         >>> with serve_endpoints(["hallucination"], {"hallucination": "outputs/send"}) as served:  # doctest: +SKIP
@@ -232,13 +232,13 @@ def _start_serve(host: str, port: int, *, remote: bool) -> bool:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise PrismError when the port cannot be had: Serve itself would share it with whoever has it."""
+    """Raise InputError when the port cannot be had: Serve itself would share it with whoever has it."""
     with _socket(host) as probe:
         try:
             probe.bind((host, port))
         except OSError as error:
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror or error})"
-            raise PrismError(f"port {port} of {host} {reason}; choose another with --port") from error
+            raise InputError(f"port {port} of {host} {reason}; choose another with --port") from error
         except OverflowError as error:
             raise InputError(f"port {port}: allowed are 1 to 65535") from error
 

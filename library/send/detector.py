@@ -106,7 +106,7 @@ class HallucinationDetector:
 
         Raises ArtifactError when the artifact is of another kind or its parts do not fit.
         """
-        from library.send.recipe import load_send
+        from library.send.trained import load_send
 
         model, tokenizer, recipe = load_send(artifact)
         return cls(

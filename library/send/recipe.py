@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library import collective
-from library.artifact import Artifact
-from library.errors import ArtifactError, InputError
+from library.errors import InputError
 from library.recipe import Batch, Recipe, Splits, unwrap
 from library.send import material, pythia
 from library.send.decode import transformer_blocks
@@ -27,8 +26,7 @@ from library.send.eigenscore import eigenscore
 from library.send.hub import is_loadable
 from library.send.sensitivity import drop_count, random_indices, top_indices
 from library.send.token_store import TokenBlocks
-from library.send.tokens import Tokenizer, check_vocabulary, from_json
-from library.weights import load_tensors
+from library.send.tokens import Tokenizer, check_vocabulary
 
 CALIBRATION = "calibration.json"  # in an artifact: what the calibrated risk rests on
 
@@ -192,9 +190,10 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     def model(self) -> SensitivityDropout:
         tokenizer = self.material().tokenizer
         rows = tokenizer.vocab_size if self.tokenizer in (None, "bpe", "bytes") else None
-        return self._wrap(pythia.load(self.lm, revision=self.revision, vocab_rows=rows), tokenizer)
+        return self.wrap(pythia.load(self.lm, revision=self.revision, vocab_rows=rows), tokenizer)
 
-    def _wrap(self, lm: nn.Module, tokenizer: Tokenizer) -> SensitivityDropout:
+    def wrap(self, lm: nn.Module, tokenizer: Tokenizer) -> SensitivityDropout:
+        """`lm` with what this recipe drops in it. Raises InputError where the two do not fit."""
         check_vocabulary(tokenizer, lm.config.vocab_size, self.lm)
         positions = lm.config.max_position_embeddings
         opening = self.prompt_tokens if self.prompts else int(self.calibration_cases > 0)
@@ -358,28 +357,6 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
             "ees": float(total[1]) / len(prompts),
             "ees_standard_error": math.sqrt(float(total[2])) / len(prompts),
         }
-
-
-def load_send(artifact: Artifact) -> tuple[SensitivityDropout, Tokenizer, SendRecipe]:
-    """The model of an artifact of kind `send`, in evaluation mode with nothing dropped, its tokeniser and recipe.
-
-    Needs neither corpus nor network. `model.lm` is the language model as transformers knows it, and `model.dropped`
-    what was dropped last. Raises ArtifactError when the artifact is of another kind or its parts do not fit.
-    """
-    if artifact.kind != SendRecipe.kind:
-        raise ArtifactError(f"{artifact.path} is an artifact of {artifact.kind!r}, not of 'send'")
-    try:
-        recipe = SendRecipe.model_validate(artifact.recipe)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ArtifactError(
-            f"{artifact.path}: its recipe does not fit: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from error
-    tokenizer = from_json(artifact.text(material.TOKENIZER))
-    model = recipe._wrap(pythia.from_config(pythia.artifact_config(artifact)), tokenizer)
-    load_tensors(model, artifact.weights(), source=str(artifact.path))
-    model.masking = False
-    return model.eval(), tokenizer, recipe
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -29,8 +29,9 @@ from library.send.dropout import SensitivityDropout, embed_texts
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore, eigenscore_after_drop
 from library.send.hub import is_loadable
-from library.send.recipe import SendRecipe, load_send
+from library.send.recipe import SendRecipe
 from library.send.sensitivity import drop_count, random_indices, sensitivity, top_indices
+from library.send.trained import load_send
 
 Arm = Literal["plain", "SeND", "random"]
 ARMS: dict[Arm, str] = {"plain": "none", "SeND": "product", "random": "random"}

@@ -14,7 +14,8 @@ from jobs.send import SendJob
 from jobs.training import Scaling
 from library.artifact import open_artifact
 from library.errors import ArtifactError, InputError, NonFiniteError, PrismError
-from library.send.recipe import SendRecipe, load_send
+from library.send.recipe import SendRecipe
+from library.send.trained import load_send
 from tests.jobs.toy import ToyJob, ToyRecipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

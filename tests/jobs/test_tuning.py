@@ -23,7 +23,7 @@ from jobs.tuning import SearchEntry, TuneJob, best_trial, tune_job
 from library.artifact import open_artifact
 from library.errors import InputError
 from library.recipe import fit
-from library.send.recipe import load_send
+from library.send.trained import load_send
 from tests.jobs import toy_space
 from tests.jobs.toy import ToyJob, ToyRecipe
 

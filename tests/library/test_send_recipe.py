@@ -22,10 +22,11 @@ from library.send import recipe as send_recipe
 from library.send.calibration import Calibration
 from library.send.corpus import detokenise, read_corpus
 from library.send.detection import DetectionSettings, cloze_study
-from library.send.recipe import SendRecipe, load_send
+from library.send.recipe import SendRecipe
 from library.send.sensitivity import sensitivity, top_indices
 from library.send.token_store import finish_store, write_shard
 from library.send.tokens import ByteTokenizer
+from library.send.trained import load_send
 from library.weights import state_tensors
 
 ANSWERS = DetectionSettings(samples=3, max_new_tokens=4)

@@ -9,10 +9,11 @@ from library.send.detection import DetectionSettings
 from library.send.dropout import embed_texts
 from library.send.eigenscore import eigenscore, eigenscore_after_drop
 from library.send.material import tracking_texts
-from library.send.recipe import SendRecipe, load_send
+from library.send.recipe import SendRecipe
 from library.send.sensitivity import random_indices, sensitivity, top_indices
 from library.send.study import ArmRun, Study
 from library.send.timing import EES, EXACT, OFFICIAL, published_eigenscore, score_times
+from library.send.trained import load_send
 
 RECIPE = SendRecipe(
     steps=6,

@@ -202,7 +202,7 @@ def times(found: "pd.DataFrame") -> Claim:
             f"EES is faster than the exact score at {int(beats_exact.sum())} of {len(found)} sizes: {won or 'none'}.",
             *(
                 [
-                    f"For K up to 100, more than anyone samples, EES takes {factor.min():.2g} to {factor.max():.2g} "
+                    f"For K up to 100, more than anyone samples, EES takes {factor.min():.0f} to {factor.max():.0f} "
                     f"times as long as the exact score."
                 ]
                 if len(small)

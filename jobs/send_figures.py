@@ -37,7 +37,7 @@ def overview(effects: "pd.DataFrame", times: "pd.DataFrame") -> "Figure":
     chance = mean.loc[RANDOM]
     percent, spread = 100 * chance.index.to_numpy(), 2 * (chance["deviation"] / chance["change"]).abs()
     left.fill_between(
-        percent, 1 - spread, 1 + spread, color=COLOURS[RANDOM], alpha=0.3, lw=0, label="random, 2 deviations"
+        percent, 1 - spread, 1 + spread, color=COLOURS[RANDOM], alpha=0.3, lw=0, label="random, ±2 deviations"
     )
     for choice in ("largest variance over answers", "largest mean square", SENSITIVE):
         ratio = mean.loc[choice]["change"] / chance["change"]

@@ -121,7 +121,9 @@ def connect(
     try:
         ray.init(target or "local", **options)
     except (RuntimeError, ValueError, ConnectionError, TimeoutError, OSError) as error:
-        raise PrismError(f"cannot {_verb(target)}: {str(error).splitlines()[0]}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1] if "Traceback" in str(error) else lines[0]  # a server's trace ends with its cause
+        raise PrismError(f"cannot {_verb(target)}: {reason}") from error
     return _found(target, started=target is None, joined=True)
 
 

@@ -99,7 +99,9 @@ def client_server(ray_cluster, closed_port) -> Iterator[str]:
     host = ray_cluster.address.rpartition(":")[0]
     arguments = ["--host=127.0.0.1", f"--port={closed_port}", "--mode=proxy", f"--address={ray_cluster.address}"]
     arguments.append(f"--runtime-env-agent-address=http://{host}:{agent}")
-    server = subprocess.Popen([sys.executable, "-m", "ray.util.client.server", *arguments], stderr=subprocess.DEVNULL)
+    patient = os.environ | {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "100"}  # a cold start may need over 30 s
+    command = [sys.executable, "-m", "ray.util.client.server", *arguments]
+    server = subprocess.Popen(command, env=patient, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while True:
         try:

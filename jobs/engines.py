@@ -209,7 +209,7 @@ class Zero:
     ) -> None:
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
-        deepspeed = _quiet_deepspeed()
+        deepspeed = _quiet_deepspeed(compile_ops=device.type != "cpu")
         self._stage = stage
         self.optimizer = recipe.optimizer(model)
         buffers = dict(model.named_buffers())  # DeepSpeed rounds them to bf16 with the weights
@@ -356,13 +356,20 @@ def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _quiet_deepspeed() -> Any:
+def _quiet_deepspeed(*, compile_ops: bool) -> Any:
+    """DeepSpeed; without `compile_ops` it builds no extension.
+
+    On CPUs it would compile an all-reduce that only its tensor-parallel inference calls: a minute at the first run,
+    a compiler on every machine, and for ever a wait at the lock of a build that was killed.
+    """
     import logging
 
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    if not compile_ops:
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

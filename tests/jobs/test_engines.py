@@ -44,9 +44,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 steps of two workers with every engine, micro-batches of 3."""
+    """50 steps of two workers with every engine, micro-batches of 3; torch would build extensions in `extensions`."""
     folder = tmp_path_factory.mktemp("engines")
-    run_workers(2, train_all, str(folder), [(engine, {"engine": engine, "micro_batch": 3}) for engine in ENGINES])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+        run_workers(2, train_all, str(folder), [(engine, {"engine": engine, "micro_batch": 3}) for engine in ENGINES])
     return folder
 
 
@@ -59,6 +61,11 @@ def test_every_engine_gives_the_same_curve_and_state(reference: Path, by_engine:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_training_on_cpus_compiles_nothing(by_engine: Path) -> None:
+    """A machine needs no compiler, and the lock that a killed build leaves stops no later run."""
+    assert not (by_engine / "extensions").exists()
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])

@@ -25,12 +25,15 @@ def arms(steps: int, *, workers: int = 2) -> dict[str, SendJob]:
     """
     recipe = SendRecipe(
         steps=steps,
+        batch_size=12,
         context=64,
+        validation_blocks=256,
         epoch_steps=max(1, steps // 6),
         vocab_size=2048,
         tracking_texts=32,
         prompts=8,
         answers=DetectionSettings(max_new_tokens=16),
+        calibration_cases=120,
     )
     shared = {"scaling": Scaling(workers=workers), "engine": "zero2", "checkpoint_every": steps, "champion": True}
     plain = recipe.model_copy(update={"selection": "none", "calibration_cases": 0})

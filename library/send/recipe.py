@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Subset
 
 from library import collective
 from library.errors import InputError
@@ -73,6 +74,9 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
     """bpe (trained on the corpus), bytes, a folder or a hub name; None is bpe for a new model, else the model's own."""
     vocab_size: int = Field(4096, ge=257)
     """Entries of a bpe tokeniser."""
+
+    validation_blocks: PositiveInt | None = 512
+    """Validation blocks that an evaluation reads, spread evenly over the validation data; None reads all."""
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
@@ -176,16 +180,18 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
 
     def datasets(self) -> Splits:
         made = self.material()
-        blocks = [
+        train, validation, test = (
             TokenBlocks(stream, self.context, f"corpus {self.corpus!r}, {name}")
             for name, stream in zip(material.SPLITS, made[1:], strict=True)
-        ]
+        )
         if self._tracks():
             material.tracking_texts(made.validation, self.tracking_texts, self.context)
         if self.prompts:
             material.prompts(made.test, self.prompts, self.prompt_tokens)
         fingerprint = sha256(" ".join(stream.fingerprint for stream in made[1:]).encode()).hexdigest()
-        return Splits(*blocks, collate=_collate, fingerprint=fingerprint)
+        count = min(len(validation), self.validation_blocks or len(validation))
+        spread = Subset(validation, [i * len(validation) // count for i in range(count)])
+        return Splits(train, spread, test, collate=_collate, fingerprint=fingerprint)
 
     def model(self) -> SensitivityDropout:
         tokenizer = self.material().tokenizer

@@ -1,4 +1,4 @@
-"""The spectral core shared by the methods: traces and densities of symmetric operators."""
+"""The spectral core shared by the methods: curvature operators, traces and densities of symmetric operators."""
 
 from library.spectral.density import (
     Quadrature,
@@ -13,15 +13,40 @@ from library.spectral.density import (
     lanczos_quadrature,
     spectral_bounds,
 )
-from library.spectral.trace import Estimate, Operator, hutch_plus_plus, hutchinson, product, random_probes
+from library.spectral.operators import (
+    CurvatureOperator,
+    GaussNewton,
+    GradientCovariance,
+    Hessian,
+    Layout,
+    dense_matrix,
+    require_symmetric,
+)
+from library.spectral.trace import (
+    Estimate,
+    Operator,
+    block_traces,
+    hutch_plus_plus,
+    hutchinson,
+    product,
+    random_probes,
+    xtrace,
+)
 
 __all__ = [
+    "CurvatureOperator",
     "Estimate",
+    "GaussNewton",
+    "GradientCovariance",
+    "Hessian",
+    "Layout",
     "Operator",
     "Quadrature",
     "Tridiagonal",
+    "block_traces",
     "chebyshev_coefficients",
     "chebyshev_moments",
+    "dense_matrix",
     "exact_moments",
     "exact_quadrature",
     "hutch_plus_plus",
@@ -32,5 +57,7 @@ __all__ = [
     "lanczos_quadrature",
     "product",
     "random_probes",
+    "require_symmetric",
     "spectral_bounds",
+    "xtrace",
 ]

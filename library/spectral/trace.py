@@ -121,3 +121,50 @@ def hutch_plus_plus(operator: Operator, probes: Tensor) -> Estimate:
     rest = rest - basis @ (basis.mT @ rest)
     remainder = Estimate.of_samples((rest * product(operator, rest)).sum(-2))
     return Estimate(captured + remainder.value, remainder.standard_error, count)
+
+
+def xtrace(operator: Operator, probes: Tensor) -> Estimate:
+    """XTrace: every probe is used both to sketch the range and, left out of the sketch, to estimate the rest.
+
+    With Q_i an orthonormal basis of A Omega without its column i and P_i = I - Q_i Q_i^T,
+    t_i = tr(Q_i^T A Q_i) + w_i^T P_i A P_i w_i; the estimate is the mean of t_i over the p columns, its standard error
+    s / sqrt(p). Takes 2 p products, has no split to choose, and is exact when rank A <= p - 1. The bases are never
+    formed: Q_i Q_i^T = Q (I - s_i s_i^T) Q^T, with A Omega = Q R and s_i orthogonal to the other columns of R.
+
+    `probes` has shape (..., n, p) with 2 <= p <= n; InputError otherwise.
+    Source: Epperly, Tropp, Webber, "XTrace: Making the most of every sample in stochastic trace estimation", 2024,
+    section 2.1, without their rescaling of the residual.
+    """
+    n, count = probes.shape[-2:]
+    if not 2 <= count <= n:
+        raise InputError(f"XTrace needs from 2 to {n} probes for n = {n}, got {count}")
+    image = product(operator, probes)
+    basis, triangle = torch.linalg.qr(image)
+    inner = basis.mT @ product(operator, basis)
+    left_out = torch.stack([torch.cat([triangle[..., :i], triangle[..., i + 1 :]], -1) for i in range(count)], -3)
+    lost = torch.linalg.qr(left_out, mode="complete").Q[..., -1].mT
+    coordinates = basis.mT @ probes
+    kept = coordinates - lost * (lost * coordinates).sum(-2, keepdim=True)
+    captured = inner.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - (lost * (inner @ lost)).sum(-2)
+    rest = (probes * image).sum(-2) - 2 * (kept * triangle).sum(-2) + (kept * (inner @ kept)).sum(-2)
+    return Estimate.of_samples(captured + rest)
+
+
+def block_traces(operator: Operator, probes: Tensor, sizes: Sequence[int]) -> Estimate:
+    """The traces of all diagonal blocks (a network's layers) from one product per probe.
+
+    Rows are cut into consecutive blocks of `sizes` (`CurvatureOperator.layout.sizes`): block i's estimate is the mean
+    of z_i^T (A z)_i. It is unbiased because E[z_i^T A_ij z_j] = 0 for j != i; sharing the product costs the variance
+    sum_{j != i} ||A_ij||_F^2 on top of that of a probe for block i alone, and saves a factor of the number of blocks.
+    The blocks' estimates add up to Hutchinson's estimate of tr A. Their standard errors are not independent.
+
+    `probes` has shape (..., n, p); the estimate has shape (..., blocks). Raises InputError unless the sizes sum to n.
+
+    >>> a = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    >>> block_traces(a, random_probes(3, 2, generator=torch.Generator().manual_seed(0)), [2, 1]).value.tolist()
+    [3.0, 3.0]
+    """
+    if sum(sizes) != probes.shape[-2] or min(sizes, default=0) < 1:
+        raise InputError(f"blocks of sizes {list(sizes)} do not make up the {probes.shape[-2]} rows")
+    terms = (probes * product(operator, probes)).split(list(sizes), dim=-2)
+    return Estimate.of_samples(torch.stack([term.sum(-2) for term in terms], -2))

@@ -1,0 +1,351 @@
+"""Curvature matrices of a model's loss as operators on blocks of vectors; no matrix is formed.
+
+For a loss L(w) = sum_b n_b l_b(w) / sum_b n_b over batches of n_b units, with outputs s = f(w, x):
+
+Hessian               H = d^2 L / dw^2 = G + R
+GaussNewton           G = J^T S J, with J = ds/dw and S = d^2 l / ds^2 (the Fisher matrix for cross-entropy)
+GradientCovariance    C = (1/N) sum_i g_i g_i^T over samples, g_i = dl_i/dw
+
+An operator A maps a block V of column vectors (n, p) to A V, so it goes wherever `library.spectral` takes one. One
+forward and backward pass per batch serves the whole block. Every worker of a distributed run may hold other batches:
+products and counts are summed over the workers, so all of them must ask for the same products in the same order.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from library import collective
+from library.errors import InputError, NonFiniteError
+from library.recipe import to_device
+from library.spectral.differentiation import batched_grad, evaluation_mode, require_twice_differentiable
+from library.spectral.trace import Operator, product, random_probes
+
+Loss = Callable[[Any, Any], Tensor]
+DENSE_BYTES = 4 << 30  # the largest matrix that `dense_matrix` forms
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which entries of a parameter vector belong to which parameter: blocks by name, in order, each row-major."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each block."""
+        return tuple(shape.numel() for shape in self.shapes)
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each block lies in the vector."""
+        edges = itertools.pairwise(itertools.accumulate(self.sizes, initial=0))
+        return {name: slice(*edge) for name, edge in zip(self.names, edges, strict=True)}
+
+    def split(self, block: Tensor) -> list[Tensor]:
+        """Vectors (n, p) as one tensor (p, *shape) for each parameter."""
+        pieces = block.mT.split(self.sizes, dim=-1)
+        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """One tensor (p, *shape) for each parameter as vectors (n, p)."""
+        return torch.cat([piece.flatten(1) for piece in pieces], -1).mT
+
+
+class CurvatureOperator(ABC):
+    """A symmetric matrix of second derivatives of a model's mean loss, acting on blocks of vectors.
+
+    `model(input)` gives the output, and `loss(output, target)` the mean loss of the batch's `count(target)` units (by
+    default its rows). `data` holds pairs (input, target), or is one such pair of tensors; it is read anew for each
+    product and must stay the same.
+    `parameters` names those that w consists of, in the model's order: all that require gradients by default; fewer
+    give a diagonal block of the matrix. Tied parameters count once. `chunk` bounds how many vectors are differentiated
+    at once, and with it the memory: each of them takes about as much as one backward pass.
+
+    The forward passes run in evaluation mode; each module is put back as it was. float32 products carry rounding
+    errors of about 1e-6 of the largest eigenvalue: use a float64 model where signs of small ones matter.
+
+    Raises InputError for data that can be read only once or are empty, unknown parameters, a block of another length,
+    operations that cannot be differentiated twice, and a loss that changes between two passes over the data
+    (augmentation, a shuffling loader that drops samples, dropout): the products would be of different matrices.
+    Raises NonFiniteError for a loss or product that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Iterable[tuple[Any, Any]],
+        *,
+        parameters: Iterable[str] | None = None,
+        count: Callable[[Any], int] = len,
+        chunk: int = 16,
+    ) -> None:
+        if isinstance(data, Iterator):
+            raise InputError("data: a generator or iterator can be read only once; give a list or a data loader")
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+            data = [data]
+        if chunk < 1:
+            raise InputError(f"chunk must be at least 1, got {chunk}")
+        trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        wanted = set(trainable) if parameters is None else set(parameters)
+        if not wanted or not wanted <= trainable.keys():
+            unknown = ", ".join(sorted(wanted - trainable.keys())) or "none"
+            raise InputError(
+                f"parameters: {unknown} asked; those that require gradients are {_listed(list(trainable))}"
+            )
+        self.model, self.loss, self.data, self.count, self.chunk = model, loss, data, count, chunk
+        self._parameters = {name: value for name, value in trainable.items() if name in wanted}
+        self.layout = Layout(tuple(self._parameters), tuple(value.shape for value in self._parameters.values()))
+        self._seen: float | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of rows n: entries of all parameters."""
+        return sum(self.layout.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, which vectors must have too."""
+        return next(iter(self._parameters.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters; results are there."""
+        return next(iter(self._parameters.values())).device
+
+    def point(self) -> Tensor:
+        """A copy of the parameters w as one vector (n,)."""
+        return torch.cat([value.detach().flatten() for value in self._parameters.values()])
+
+    def restrict(self, *names: str) -> Self:
+        """The diagonal block of these parameters, as an operator of its own whose products are cheaper."""
+        return type(self)(self.model, self.loss, self.data, parameters=names, count=self.count, chunk=self.chunk)
+
+    def probes(self, count: int, *, generator: torch.Generator) -> Tensor:
+        """Rademacher probes (n, count) that fit this operator; the same on all workers when their seeds are."""
+        return random_probes(self.size, count, generator=generator, dtype=self.dtype, device=self.device)
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """L(w) and its gradient (n,), over all batches of all workers."""
+        value, images = self._sum(lambda _, loss: self._first_derivative(loss, graph=False).unsqueeze(-1), 1)
+        return value, images.squeeze(-1)
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """A times the columns of `block` (n, p)."""
+        if block.ndim != 2 or block.shape[0] != self.size:
+            raise InputError(f"a block of shape {tuple(block.shape)} does not fit: ({self.size}, p) is needed")
+        block = block.to(device=self.device, dtype=self.dtype)
+        return self._finish(self._sum(lambda batch, loss: self._product(batch, loss, block), block.shape[1])[1], block)
+
+    __matmul__ = __call__
+
+    @abstractmethod
+    def _product(self, batch: "_Batch", loss: Tensor, block: Tensor) -> Tensor:
+        """The batch's mean matrix times the block (n, p)."""
+
+    def _finish(self, image: Tensor, block: Tensor) -> Tensor:
+        """What is to be done with a product once it has been summed over all batches."""
+        return image
+
+    def _sum(self, term: "Callable[[_Batch, Tensor], Tensor]", columns: int) -> tuple[float, Tensor]:
+        """The mean loss and mean of `term` (n, columns) over all units of all workers."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        images = torch.zeros(self.size, columns, dtype=self.dtype, device=self.device)
+        with evaluation_mode(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            for source, target in self.data:
+                source, target = to_device((source, target), self.device)
+                units = self.count(target)
+                output = self.model(source)
+                loss = self.loss(output, target)
+                if not isinstance(loss, Tensor) or loss.ndim != 0:
+                    raise InputError("loss must return a scalar tensor, the mean over the batch")
+                total += torch.stack([units * loss.detach().double(), loss.new_tensor(units, dtype=torch.float64)])
+                try:
+                    images += units * term(_Batch(output, target), loss)
+                except RuntimeError as error:
+                    if "not implemented" in str(error) or "does not require grad" in str(error):
+                        raise InputError(f"the model cannot be differentiated twice: {_first(error)}") from error
+                    raise
+        mean, units = collective.all_sum(total).tolist()
+        if units == 0:
+            raise InputError("data: there are no samples")
+        value = mean / units
+        self._check_same(value)
+        images = collective.all_sum(images) / units
+        if not bool(torch.isfinite(images).all()):
+            raise NonFiniteError("a product with the curvature matrix is not finite")
+        return value, images
+
+    def _check_same(self, value: float) -> None:
+        """The loss of this pass is that of the first one, or these are not products of one matrix."""
+        if not value - value == 0:
+            raise NonFiniteError(f"the loss is {value}; its derivatives mean nothing")
+        if self._seen is None:
+            self._seen = value
+        elif abs(value - self._seen) > torch.finfo(self.dtype).eps ** 0.5 * max(1.0, abs(self._seen)):
+            raise InputError(
+                f"the loss changed from {self._seen:.6g} to {value:.6g} between two passes over the data, so this is "
+                "not one symmetric operator: the data are augmented or not always the same, the model is random "
+                "(dropout), or its parameters were changed"
+            )
+
+    def _first_derivative(self, value: Tensor, *, graph: bool = True) -> Tensor:
+        """d value / dw as one vector (n,), differentiable when `graph`."""
+        return torch.cat([piece.flatten() for piece in self._grad(value, None, graph=graph)])
+
+    def _grad(self, value: Tensor, seed: Tensor | None, *, graph: bool) -> list[Tensor]:
+        parameters = tuple(self._parameters.values())
+        if not value.requires_grad:
+            return [torch.zeros_like(parameter) for parameter in parameters]
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        found = list(torch.autograd.grad(value, parameters, seed, create_graph=graph, **options))
+        if graph and self._seen is None:
+            require_twice_differentiable(found)
+        return found
+
+    def _pulled_back(self, outputs: Sequence[Tensor], seeds: Sequence[Tensor]) -> Tensor:
+        """Columns (n, p) of J^T times each of p seeds, for outputs that depend on w; seeds are (p, *output)."""
+        parts = []
+        for chunk in zip(*(seed.split(self.chunk) for seed in seeds), strict=True):
+            found = batched_grad(outputs, tuple(self._parameters.values()), chunk)
+            parts.append(self.layout.join(found))
+        return torch.cat(parts, -1)
+
+
+class Hessian(CurvatureOperator):
+    """The Hessian H of a model's mean loss: products H v = d(g^T v)/dw, a block of them on one graph of the gradient.
+
+    >>> model = nn.Linear(2, 1, bias=False).double()
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    >>> hessian = Hessian(model, nn.functional.mse_loss, [(x, torch.zeros(2, 1, dtype=torch.float64))])
+    >>> hessian @ torch.eye(2, dtype=torch.float64)  # (2/N) X^T X
+    tensor([[1., 0.],
+            [0., 4.]], dtype=torch.float64)
+
+    Source: Pearlmutter, "Fast exact multiplication by the Hessian", 1994. See `CurvatureOperator` for the arguments.
+    """
+
+    def _product(self, batch: "_Batch", loss: Tensor, block: Tensor) -> Tensor:
+        return self._pulled_back(self._grad(loss, None, graph=True), self.layout.split(block))
+
+
+class GaussNewton(CurvatureOperator):
+    """The generalised Gauss-Newton matrix G = J^T S J: positive semi-definite for a loss that is convex in the output.
+
+    S = d^2 l / ds^2 comes from the loss by differentiation, so any loss will do: diag(p) - p p^T for cross-entropy.
+    The model's output must be one tensor. H - G = R is small where the residuals dl/ds are.
+    Source: Schraudolph, "Fast curvature matrix-vector products", 2002. See `CurvatureOperator` for the arguments.
+    """
+
+    def _product(self, batch: "_Batch", loss: Tensor, block: Tensor) -> Tensor:
+        output = _single(batch.output)
+        tangents = self._pushed_forward(output, block)
+        free = output.detach().requires_grad_()
+        slope = torch.autograd.grad(self.loss(free, batch.target), free, create_graph=True)[0]
+        curved = batched_grad([slope], (free,), (tangents,))[0]
+        return self._pulled_back([output], [curved])
+
+    def _pushed_forward(self, output: Tensor, block: Tensor) -> Tensor:
+        """J V as (p, *output), through the derivative of J^T a, which is linear in a."""
+        dual = torch.zeros_like(output, requires_grad=True)
+        pulled = self._grad(output, dual, graph=True)
+        seeds = self.layout.split(block)
+        parts = zip(*(seed.split(self.chunk) for seed in seeds), strict=True)
+        return torch.cat([batched_grad(pulled, (dual,), part)[0] for part in parts])
+
+
+class GradientCovariance(CurvatureOperator):
+    """The covariance of per-sample gradients, C = (1/N) sum_i g_i g_i^T; with `centred`, C - g g^T.
+
+    `loss` must be the mean over the rows of the batch, each row being one sample that the others do not influence.
+    Its expectation is the Fisher matrix G when labels are drawn from the model; with the given labels C is the
+    "empirical Fisher" matrix. See `CurvatureOperator` for the other arguments.
+    """
+
+    def __init__(self, *arguments: Any, centred: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.centred = centred
+        self._mean: Tensor | None = None
+
+    def restrict(self, *names: str) -> Self:
+        """The diagonal block of these parameters, as an operator of its own whose products are cheaper."""
+        block = super().restrict(*names)
+        block.centred = self.centred
+        return block
+
+    def _product(self, batch: "_Batch", loss: Tensor, block: Tensor) -> Tensor:
+        output = _single(batch.output)
+        losses = torch.func.vmap(self.loss)(output.unsqueeze(1), batch.target.unsqueeze(1))
+        dual = torch.zeros_like(losses, requires_grad=True)
+        pulled = self._grad(losses, dual, graph=True)
+        parts = zip(*(seed.split(self.chunk) for seed in self.layout.split(block)), strict=True)
+        slopes = torch.cat([batched_grad(pulled, (dual,), part)[0] for part in parts])
+        return self._pulled_back([losses], [slopes / len(losses)])
+
+    def _finish(self, image: Tensor, block: Tensor) -> Tensor:
+        if not self.centred:
+            return image
+        if self._mean is None:
+            self._mean = self.loss_and_gradient()[1]
+        return image - torch.outer(self._mean, self._mean @ block)
+
+
+def dense_matrix(operator: CurvatureOperator) -> Tensor:
+    """The whole matrix (n, n), symmetrised, by n products in one block.
+
+    Raises InputError when it would take more than 4 GiB, or when A and A^T differ by more than rounding.
+    """
+    size = operator.size
+    if size * size * operator.dtype.itemsize > DENSE_BYTES:
+        raise InputError(
+            f"a dense matrix of {size} x {size} entries takes {size * size * operator.dtype.itemsize / 2**30:.1f} GiB, "
+            f"more than {DENSE_BYTES >> 30}; ask for top eigenvalues, traces or a density instead"
+        )
+    matrix = operator(torch.eye(size, dtype=operator.dtype, device=operator.device))
+    if not bool(((matrix - matrix.mT).abs() <= torch.finfo(matrix.dtype).eps ** 0.5 * matrix.abs().max()).all()):
+        raise InputError("the operator is not symmetric: its dense matrix and the transpose differ")
+    return (matrix + matrix.mT) / 2
+
+
+def require_symmetric(operator: Operator, probes: Tensor) -> None:
+    """Raise InputError unless u^T (A v) = v^T (A u), to rounding, for the first two columns of `probes` (n, p).
+
+    The two products are made one after the other, so that an operator that changes between products is found out.
+    """
+    u, v = probes[..., :1], probes[..., 1:2]
+    image_v, image_u = product(operator, v), product(operator, u)
+    difference = float(((u * image_v).sum() - (v * image_u).sum()).abs())
+    size = float(u.norm() * image_v.norm() + v.norm() * image_u.norm())
+    if not difference <= torch.finfo(probes.dtype).eps ** 0.5 * size:
+        raise InputError(
+            "the operator is not symmetric: u^T (A v) and v^T (A u) differ; it changes between products, or is not "
+            "a matrix of second derivatives"
+        )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    output: Any
+    target: Any
+
+
+def _single(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise InputError(f"the model's output must be one tensor, got {type(output).__name__}; wrap the model")
+    return output
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"

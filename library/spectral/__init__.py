@@ -5,6 +5,7 @@ from library.spectral.density import (
     Tridiagonal,
     chebyshev_coefficients,
     chebyshev_moments,
+    exact_eigenpairs,
     exact_moments,
     exact_quadrature,
     jackson_factors,
@@ -13,6 +14,7 @@ from library.spectral.density import (
     lanczos_quadrature,
     spectral_bounds,
 )
+from library.spectral.eigen import Eigenpairs, extreme_eigenpairs
 from library.spectral.operators import (
     CurvatureOperator,
     GaussNewton,
@@ -21,6 +23,13 @@ from library.spectral.operators import (
     Layout,
     dense_matrix,
     require_symmetric,
+)
+from library.spectral.smoothing import (
+    cumulative_density,
+    deflated_quadrature,
+    smoothed_density,
+    spectral_grid,
+    wasserstein_distance,
 )
 from library.spectral.trace import (
     Estimate,
@@ -35,6 +44,7 @@ from library.spectral.trace import (
 
 __all__ = [
     "CurvatureOperator",
+    "Eigenpairs",
     "Estimate",
     "GaussNewton",
     "GradientCovariance",
@@ -46,9 +56,13 @@ __all__ = [
     "block_traces",
     "chebyshev_coefficients",
     "chebyshev_moments",
+    "cumulative_density",
+    "deflated_quadrature",
     "dense_matrix",
+    "exact_eigenpairs",
     "exact_moments",
     "exact_quadrature",
+    "extreme_eigenpairs",
     "hutch_plus_plus",
     "hutchinson",
     "jackson_factors",
@@ -58,6 +72,9 @@ __all__ = [
     "product",
     "random_probes",
     "require_symmetric",
+    "smoothed_density",
     "spectral_bounds",
+    "spectral_grid",
+    "wasserstein_distance",
     "xtrace",
 ]

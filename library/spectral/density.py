@@ -185,22 +185,25 @@ def exact_quadrature(operator: Operator, like: Tensor) -> Quadrature:
 
     `like` (..., n, p) gives n, the leading shape, dtype and device. Raises InputError when A is not symmetric.
     """
-    n = like.shape[-2]
-    identity = torch.eye(n, dtype=like.dtype, device=like.device).expand(*like.shape[:-2], n, n)
-    matrix = product(operator, identity)
-    _require_symmetric(matrix, identity, matrix)
-    nodes = torch.linalg.eigvalsh(matrix).unsqueeze(-2)
-    return Quadrature(nodes, torch.full_like(nodes, 1 / n), exact=True)
+    nodes = torch.linalg.eigvalsh(_formed(operator, like)).unsqueeze(-2)
+    return Quadrature(nodes, torch.full_like(nodes, 1 / like.shape[-2]), exact=True)
+
+
+def exact_eigenpairs(operator: Operator, like: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues (..., n), ascending, and eigenvectors (..., n, n), as `exact_quadrature` finds them."""
+    values, vectors = torch.linalg.eigh(_formed(operator, like))
+    return values, vectors
 
 
 def spectral_bounds(
-    operator: Operator, start: Tensor, *, tolerance: float = 1e-6, limit: int = 512
+    operator: Operator, start: Tensor, *, tolerance: float = 1e-6, limit: int = 512, upper_only: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds of the spectrum: the extreme Ritz values, each moved outwards by its error bound.
 
     A Ritz value with residual norm r errs by at most r, and by r^2 / gap when the next Ritz value is `gap` away (Kato
     and Temple). Lanczos goes on until both bounds, looked at every eighth step, are at most `tolerance` times the
-    spectrum's magnitude, or until `limit` steps or the dimension. `start` (..., n, p), one column being enough; results
+    spectrum's magnitude, or until `limit` steps or the dimension; with `upper_only` until the upper one is, for spectra
+    whose lower end is known, such as the dense one at 0 of a square Gram matrix. `start` (..., n, p), one column being enough; results
     have the leading shape. The start must not be orthogonal to the extreme eigenvectors: take random entries.
     Raises what `lanczos` raises.
     """
@@ -217,7 +220,7 @@ def spectral_bounds(
         low_error = _ritz_error(residuals[..., 0], gaps[..., 0])
         high_error = _ritz_error(residuals[..., -1], gaps[..., -1])
         low, high = (values[..., 0] - low_error).amin(-1), (values[..., -1] + high_error).amax(-1)
-        worst = torch.maximum(low_error, high_error).amax(-1)
+        worst = (high_error if upper_only else torch.maximum(low_error, high_error)).amax(-1)
         if bool((worst <= tolerance * torch.maximum(low.abs(), high.abs())).all()):
             break
     return low, high
@@ -258,6 +261,14 @@ def _krylov(operator: Operator, start: Tensor, limit: int) -> Iterator[tuple[lis
         if not bool(alive.any()):
             return
         vector = torch.where(alive, 1 / norm, 0.0).unsqueeze(-2) * rest
+
+
+def _formed(operator: Operator, like: Tensor) -> Tensor:
+    n = like.shape[-2]
+    identity = torch.eye(n, dtype=like.dtype, device=like.device).expand(*like.shape[:-2], n, n)
+    matrix = product(operator, identity)
+    _require_symmetric(matrix, identity, matrix)
+    return matrix
 
 
 def _tridiagonal(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> Tridiagonal:

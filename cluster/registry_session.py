@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import probe
 from library import files
-from library.errors import PrismError
+from library.errors import InputError, PrismError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,12 +47,12 @@ def session(uri: str, *, create: bool = False, exclusive: bool = True) -> Iterat
     """A client of the registry at `uri`, for one short piece of work.
 
     One process at a time works on an embedded registry (`exclusive`), so that nobody meets a locked or half-made
-    database; only `create` makes a new one. A server is asked for a sign of life first. Raises PrismError with one
-    line for anything that the registry or the way to it does wrong.
+    database; only `create` makes a new one, else InputError when there is none. A server is asked for a sign of life
+    first. Raises PrismError with one line for anything that the registry or the way to it does wrong.
     """
     file = database(uri)
     if file and not create and not file.is_file():
-        raise PrismError(
+        raise InputError(
             f"there is no model registry at {file}: nothing was registered there yet, "
             "or this is another machine and MLFLOW_TRACKING_URI must name a server"
         )

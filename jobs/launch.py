@@ -11,15 +11,15 @@ import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import connect, registry, storage
 from jobs import curves
-from jobs.board import Board, Poster
 from jobs.checkpoint import Checkpoint, best_checkpoint, complete, model_weights
 from jobs.display import Display
 from jobs.history import read_history
 from jobs.report import Report
+from jobs.workers import Workers, check_room, stand_in
 from library import files
 from library.artifact import write_artifact
 from library.errors import InputError, NonFiniteError, PrismError
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from jobs.training import Outcome, TrainingJob
 
 RECORD = "job.json"
-LOOK_S = 0.2  # between two looks at the board
 LOG_S = 5.0  # between two writes to the registry
 
 
@@ -38,7 +37,7 @@ def launch(job: "TrainingJob") -> Report:
     """Run a training job to its end on the connected cluster (connecting locally when there is none)."""
     began = time.monotonic()
     connect()
-    _check_room(job)
+    check_room(job)
     folder = _open_folder(job)
     name = os.path.basename(folder.split("?")[0])
     resume = f"prism run {job.job} --name {name} --resume" + (f" --storage {job.storage}" if job.storage else "")
@@ -65,7 +64,7 @@ def launch(job: "TrainingJob") -> Report:
         tracking.finish("KILLED")
         report.notes.append(f"stopped at step {outcome.step} of {job.recipe.steps}; go on with: {resume}")
     else:
-        _keep(job, folder, report, tracking)
+        keep_result(job, folder, report, tracking)
         tracking.finish("FINISHED")
     report.seconds = time.monotonic() - began
     if storage.is_local(folder):
@@ -116,121 +115,33 @@ class Tracking:
 
 
 def _follow(job: "TrainingJob", folder: str, name: str, tracking: Tracking) -> "tuple[Outcome, list[str]]":
-    """Start Ray Train in a thread, and show what the workers post until it ends."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    ended: list[BaseException | None] = []
-    thread = threading.Thread(target=_fit, args=(job, folder, board, ended), daemon=True)
-    outcome, notes, asked = None, [], False
+    """Run the workers, and show what they post until they end; their outcome and notes."""
+    workers, notes, asked = Workers(job, folder), [], False
     with (
         Display(name, job.recipe.steps, job.recipe.unit, device=_accelerator(job)) as display,
         _interrupts() as interrupts,
     ):
-        thread.start()
-        while True:
-            over = bool(ended)
-            for event in ray.get(board.take.remote()):
+        for events in workers:
+            for event in events:
                 display.show(event)
                 if "note" in event:
                     notes.append(event["note"])
                 if "step" in event:
                     tracking.log(event["step"], event["metrics"])
-                outcome = event.get("outcome", outcome)
-            if over:
-                break
             if interrupts and not asked:
                 asked = True
                 display.note("stopping after this step and saving; press Ctrl-C again to abort")
-                board.stop.remote()
+                workers.stop()
             if len(interrupts) > 1:
                 raise KeyboardInterrupt
-            time.sleep(LOOK_S)
-    ray.kill(board)
-    if ended[0] is not None:
-        raise ended[0]
-    if outcome is None:
-        raise PrismError("the workers ended without saying how; see Ray's logs")
-    return outcome, notes
-
-
-def _fit(job: "TrainingJob", folder: str, board: Any, ended: list[BaseException | None]) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    scaling = job.scaling
-    try:
-        TorchTrainer(
-            _worker,
-            train_loop_config={"job": job, "folder": folder, "board": board, "cwd": os.getcwd()},
-            torch_config=TorchConfig(timeout_s=1800),
-            scaling_config=ScalingConfig(
-                num_workers=scaling.workers,
-                use_gpu=scaling.gpu,
-                resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpu else {}),
-                elastic_resize_monitor_interval_s=10.0,
-            ),
-            run_config=RunConfig(
-                name=f"ray-{uuid.uuid4().hex[:8]}",
-                storage_path=folder,
-                failure_config=FailureConfig(max_failures=job.max_failures),
-            ),
-        ).fit()
-        ended.append(None)
-    except BaseException as error:  # handed to the main thread, which raises it
-        ended.append(error)
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """One worker of the training: the loop, and its outcome on the board."""
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    from jobs.training import train
-
-    _stand_in(config["cwd"])
-    device = get_device()
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    poster = Poster(config["board"] if get_context().get_world_rank() == 0 else None)
-    outcome = train(config["job"], config["folder"], device, poster)
-    poster.post(outcome=outcome)
-    poster.flush()
-
-
-def _stand_in(cwd: str) -> None:
-    """Work in the driver's folder where this machine has it, so that a relative path means the same file there."""
-    if os.path.isdir(cwd):
-        os.chdir(cwd)
+    assert workers.outcome is not None
+    return workers.outcome, notes
 
 
 def _accelerator(job: "TrainingJob") -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if job.scaling.gpu and torch.cuda.is_available() else None
-
-
-def _check_room(job: "TrainingJob") -> None:
-    import ray
-
-    workers = job.scaling.workers if isinstance(job.scaling.workers, int) else job.scaling.workers[0]
-    if job.recipe.batch_size < workers:
-        raise InputError(f"batch_size {job.recipe.batch_size} is less than the {workers} workers; each needs a sample")
-    if job.scaling.autoscale:
-        return
-    there = ray.cluster_resources()
-    needs = {"CPU": job.scaling.cpus_per_worker} | ({"GPU": 1.0} if job.scaling.gpu else {})
-    for kind, each in needs.items():
-        room = int(there.get(kind, 0) // each)
-        if room < workers:
-            raise InputError(
-                f"{workers} workers of {each:g} {kind} do not fit: the cluster has {there.get(kind, 0):g} {kind}, "
-                f"enough for {room}; use fewer workers, or scaling.autoscale to wait for nodes"
-            )
 
 
 def _open_folder(job: "TrainingJob") -> str:
@@ -278,7 +189,7 @@ def _report(job: "TrainingJob", folder: str, name: str, notes: list[str]) -> Rep
     )
 
 
-def _keep(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -> None:
+def keep_result(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -> None:
     """Write the artifact from a checkpoint on a worker, and register it from here."""
     import ray
 
@@ -299,7 +210,7 @@ def _keep(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -
 
 def _write_result(job: "TrainingJob", folder: str, cwd: str) -> str:
     """The artifact of a finished run, streamed from its last or best checkpoint."""
-    _stand_in(cwd)
+    stand_in(cwd)
     recipe = job.recipe
     root = storage.join(folder, "checkpoints")
     best = best_checkpoint(root, recipe.metric, recipe.mode) if job.artifact_from == "best" else None

@@ -34,7 +34,7 @@ class SendReproduction(Reproduction, frozen=True, extra="forbid"):
     )
 
     recipe: SendRecipe = SendRecipe(
-        steps=800,
+        steps=600,
         batch_size=12,
         context=64,
         vocab_size=1024,

@@ -2,8 +2,6 @@
 
 import math
 import os
-import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +10,12 @@ from pydantic import ValidationError
 from cluster import storage
 from jobs.checkpoint import complete
 from jobs.history import read_history
-from library.errors import InputError, PrismError
+from jobs.workers import Workers
+from library.errors import InputError
 from tune_spaces.space import Space
 
 if TYPE_CHECKING:
     from jobs.training import Outcome, TrainingJob
-
-LOOK_S = 0.2  # between two looks at what the workers of a trial posted
 
 
 class Evaluation(NamedTuple):
@@ -109,8 +106,6 @@ def _train_here(job: "TrainingJob", folder: str, collector: _Collector) -> "Outc
 
     from jobs.training import train
 
-    if not job.scaling.gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     if not dist.is_initialized():  # kept for the next trial in this process: DeepSpeed does not start twice
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         dist.init_process_group("nccl" if job.scaling.gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -118,29 +113,12 @@ def _train_here(job: "TrainingJob", folder: str, collector: _Collector) -> "Outc
 
 
 def _train_with_workers(job: "TrainingJob", folder: str, collector: _Collector) -> "Outcome":
-    import ray
-
-    from jobs.board import Board
-    from jobs.launch import _fit
-
-    board = ray.remote(num_cpus=0)(Board).remote()
-    ended: list[BaseException | None] = []
-    threading.Thread(target=_fit, args=(job, folder, board, ended), daemon=True).start()
-    outcome = None
-    while True:
-        over = bool(ended)
-        for event in ray.get(board.take.remote()):
+    workers = Workers(job, folder)
+    for events in workers:
+        for event in events:
             collector.post(**event)
-            outcome = event.get("outcome", outcome)
-        if over:
-            break
-        time.sleep(LOOK_S)
-    ray.kill(board)
-    if ended[0] is not None:
-        raise ended[0]
-    if outcome is None:
-        raise PrismError("the workers ended without saying how; see Ray's logs")
-    return outcome
+    assert workers.outcome is not None
+    return workers.outcome
 
 
 def scored(space: Space, evaluation: Evaluation, reference: Mapping[int, float]) -> dict[str, float] | None:

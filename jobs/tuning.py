@@ -22,6 +22,7 @@ from jobs import job_class
 from jobs.job import Job
 from jobs.report import Report
 from jobs.training import TrainingJob
+from jobs.workers import check_room
 from library import files
 from library.errors import InputError, PrismError
 from tune_spaces.space import Searcher, Space
@@ -131,11 +132,10 @@ class TuneJob(Job, frozen=True, extra="forbid"):
         return before.model_copy(update=given | {"name": self.resume, "storage": self.storage}), folder
 
     def _search(self, folder: str) -> Report:
-        from jobs.launch import _check_room
         from jobs.search import Journal
 
         connect()
-        _check_room(self.base)
+        check_room(self.base)
         space = SPACES[self.space].of(self.base)
         reference = _reference(space, self.base, folder)
         journal = Journal(folder)
@@ -225,7 +225,7 @@ class TuneJob(Job, frozen=True, extra="forbid"):
 
     def _keep(self, space: Space, best: "TrialRecord", place: str, folder: str, report: Report) -> None:
         """Write down the best trial's job, and register its artifact."""
-        from jobs.launch import Tracking, _keep
+        from jobs.launch import Tracking, keep_result
         from jobs.trial import changed
 
         job = changed(self.base, best.values)
@@ -239,7 +239,7 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             )
         tracking = Tracking(job)
         tracking.log(max(best.curve), best.last)
-        _keep(job, place, report, tracking)
+        keep_result(job, place, report, tracking)
         tracking.finish("FINISHED")
         report.notes += tracking.notes
 

@@ -234,7 +234,7 @@ def _largest_singular_value(rows: Tensor) -> Tensor:
     """sigma_max of each prompt as (..., 1, 1), from Lanczos with a fixed random start; 1 where the matrix is 0."""
     start = random_probes(rows.shape[-2], 1, generator=torch.Generator().manual_seed(0), kind="gaussian")
     start = start.to(rows).expand(*rows.shape[:-1], 1)
-    high = spectral_bounds(_gram(rows), start)[1]
+    high = spectral_bounds(_gram(rows), start, upper_only=True)[1]
     return torch.where(high > 0, high, 1.0).sqrt()[..., None, None]
 
 

@@ -54,7 +54,7 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """Random sets of coordinates that a selection is compared with."""
     resampled_sets: PositiveInt = 3
     """Of them, how many are also in force while the answers are drawn, at the recipe's drop_fraction."""
-    epochs: PositiveInt = 9
+    epochs: PositiveInt = 8
     """Epochs, of the recipe's epoch_steps, that each arm of claim B goes on training."""
     last_epochs: int = Field(6, ge=2)
     """Over how many of the last epochs a score's mean and deviation are taken."""

@@ -10,6 +10,7 @@ from library.artifact import MANIFEST, open_artifact
 from library.errors import ArtifactError, InputError
 from library.send.hub import first_line, is_loadable, load_errors
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokeniser
 END_OF_TEXT = 0  # of every tokeniser made here, as in GPT-NeoX
 
 
@@ -116,6 +117,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
         raise InputError(f"tokenizer: {name!r} is not 'bpe', 'bytes', a folder, or a hub name OWNER/NAME")
     if (Path(name) / MANIFEST).is_file():
         return from_json(open_artifact(name, kind="send", verify=False).text("tokenizer.json"))
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise InputError(f"tokenizer: the folder {name!r} has none of {', '.join(TOKENIZER_FILES)}")
     from transformers import AutoTokenizer
 
     with load_errors("tokenizer", name, revision):

@@ -203,8 +203,9 @@ def spectral_bounds(
     A Ritz value with residual norm r errs by at most r, and by r^2 / gap when the next Ritz value is `gap` away (Kato
     and Temple). Lanczos goes on until both bounds, looked at every eighth step, are at most `tolerance` times the
     spectrum's magnitude, or until `limit` steps or the dimension; with `upper_only` until the upper one is, for spectra
-    whose lower end is known, such as the dense one at 0 of a square Gram matrix. `start` (..., n, p), one column being enough; results
-    have the leading shape. The start must not be orthogonal to the extreme eigenvectors: take random entries.
+    whose lower end is known, such as the dense one at 0 of a square Gram matrix. `start` (..., n, p), one column being
+    enough; results have the leading shape. The start must not be orthogonal to the extreme eigenvectors: take random
+    entries.
     Raises what `lanczos` raises.
     """
     limit = min(limit, start.shape[-2])

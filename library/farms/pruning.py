@@ -1,0 +1,204 @@
+"""What to prune of one layer, and how the rest makes up for it: magnitude, Wanda, SparseGPT; free or N of M.
+
+A weight W is (out, in), its inputs X (tokens, in); masks are True where W is pruned. Sources: Sun et al., "A Simple and
+Effective Pruning Approach for Large Language Models" (Wanda), ICLR 2024; Frantar and Alistarh, "SparseGPT", ICML 2023,
+algorithm 1.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from library import collective
+from library.errors import InputError
+
+Pruner = Literal["magnitude", "wanda", "sparsegpt"]
+DAMPING = 0.01  # of the mean diagonal, added to the Hessian before it is inverted
+BLOCK = 128  # columns that SparseGPT decides at once
+
+
+@dataclass
+class InputStatistics:
+    """What the pruners need of a layer's inputs, summed over calibration sequences of any number and length.
+
+    squares   sum over tokens of x_j^2, float64 (in,)
+    gram      sum over tokens of x x^T, float64 (in, in); None unless asked for, as only SparseGPT needs it
+    """
+
+    squares: Tensor
+    gram: Tensor | None
+    sequences: int = field(default=0)
+
+    @classmethod
+    def empty(cls, width: int, *, gram: bool, device: torch.device | str = "cpu") -> "InputStatistics":
+        """Statistics of nothing."""
+        made = torch.zeros(width, width, dtype=torch.float64, device=device) if gram else None
+        return cls(torch.zeros(width, dtype=torch.float64, device=device), made)
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in sequences: (sequences, tokens, in)."""
+        tokens = inputs.detach().flatten(0, -2).to(torch.float32)
+        self.squares += tokens.to(torch.float64).square().sum(0)
+        if self.gram is not None:
+            self.gram += tokens.mT @ tokens
+        self.sequences += len(inputs)
+
+    def summed(self) -> "InputStatistics":
+        """The statistics of all workers' sequences, on every worker."""
+        count = collective.all_sum(torch.tensor(self.sequences))
+        gram = None if self.gram is None else collective.all_sum(self.gram)
+        return InputStatistics(collective.all_sum(self.squares), gram, int(count))
+
+    @property
+    def scaler(self) -> Tensor:
+        """Wanda's mean over the sequences of ||X_j||^2, (in,)."""
+        return self.squares / self.sequences
+
+    @property
+    def hessian(self) -> Tensor:
+        """SparseGPT's (2 / sequences) sum X^T X, (in, in)."""
+        if self.gram is None:
+            raise InputError("the Gram matrix of the inputs was not collected")
+        return self.gram * (2 / self.sequences)
+
+
+def magnitude_mask(weight: Tensor, sparsity: float, *, compatible: bool = False) -> Tensor:
+    """The int(numel sparsity) smallest |W| of the whole layer; `compatible` prunes the next one too, as published."""
+    _check_sparsity(sparsity)
+    return _smallest(weight.abs(), int(weight.numel() * sparsity) + compatible)
+
+
+def wanda_metric(weight: Tensor, scaler: Tensor) -> Tensor:
+    """|W_ij| sqrt(scaler_j), in float32 or better."""
+    if scaler.shape != weight.shape[1:]:
+        raise InputError(f"{len(scaler)} input norms do not fit a weight of shape {tuple(weight.shape)}")
+    return weight.abs() * scaler.to(weight.dtype).sqrt()
+
+
+def wanda_mask(weight: Tensor, scaler: Tensor, sparsity: float) -> Tensor:
+    """In each output row the int(in sparsity) entries of least metric, the first ones on a tie."""
+    _check_sparsity(sparsity)
+    count = int(weight.shape[1] * sparsity)
+    order = wanda_metric(weight, scaler).sort(dim=-1, stable=True).indices[:, :count]
+    return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, order, True)
+
+
+def pattern_mask(metric: Tensor, n: int, m: int) -> Tensor:
+    """In every group of m columns of each row the n entries of least metric. Raises InputError for what cannot be."""
+    _check_pattern(n, m, metric.shape[1])
+    groups = metric.unflatten(1, (-1, m))
+    order = groups.sort(dim=-1, stable=True).indices[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
+
+
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    *,
+    pattern: tuple[int, int] | None = None,
+    block: int = BLOCK,
+    damping: float = DAMPING,
+    compatible: bool = False,
+) -> Tensor:
+    """The pruned weight of SparseGPT, whose kept entries make up for the pruned ones: a new (out, in), dtype kept.
+
+    With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1, columns are decided `block` at a time: the
+    int(count sparsity) entries of least w^2 / U_jj^2 of the block (one more when `compatible`), or with a `pattern`
+    (n, m) the n least of every m columns as they are reached. Each pruned entry's error w / U_jj is taken off the
+    columns to its right, times U_j. Inputs that never occur (H_jj = 0) have their column pruned.
+
+    Raises InputError for shapes that do not fit, a Hessian that is not finite or not positive definite with this
+    damping, and a pattern that does not divide the columns or the block.
+    """
+    _check_sparsity(sparsity)
+    rows, columns = weight.shape
+    if hessian.shape != (columns, columns):
+        raise InputError(f"a Hessian of {tuple(hessian.shape)} does not fit a weight of {rows} x {columns}")
+    if pattern is not None:
+        _check_pattern(*pattern, columns)
+        block = max(pattern[1], block - block % pattern[1])
+    dead = hessian.diagonal() == 0
+    upper = _inverse_factor(hessian, dead, damping).to(torch.float32)
+    left = weight.to(torch.float32, copy=True)
+    left[:, dead] = 0
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part, factor = left[:, start:stop], upper[start:stop, start:stop]
+        diagonal = factor.diagonal()
+        if pattern is None:
+            mask = _smallest((part / diagonal).square(), int(part.numel() * sparsity) + compatible)
+        else:
+            mask = torch.zeros_like(part, dtype=torch.bool)
+        errors = torch.zeros_like(part)
+        for j in range(stop - start):
+            if pattern is not None and j % pattern[1] == 0:
+                group = slice(j, j + pattern[1])
+                mask[:, group] = pattern_mask((part[:, group] / diagonal[group]).square(), *pattern)
+            errors[:, j] = torch.where(mask[:, j], part[:, j], 0.0) / diagonal[j]
+            part[:, j:] -= errors[:, j, None] * factor[j, j:]
+        part[mask] = 0
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    return left.to(weight.dtype)
+
+
+def prune_weight(
+    weight: Tensor,
+    pruner: Pruner,
+    sparsity: float,
+    statistics: InputStatistics | None = None,
+    *,
+    pattern: tuple[int, int] | None = None,
+    compatible: bool = False,
+) -> Tensor:
+    """The weight (out, in) after one of the pruners; `pattern` (n, m) prunes n of m instead of the share `sparsity`.
+
+    Raises InputError when Wanda or SparseGPT are asked for without statistics of the inputs.
+    """
+    if pruner != "magnitude" and statistics is None:
+        raise InputError(f"{pruner} needs statistics of the layer's inputs")
+    if pruner == "sparsegpt":
+        hessian = statistics.hessian
+        return sparsegpt(weight, hessian, sparsity, pattern=pattern, compatible=compatible)
+    work = weight.to(torch.float32)
+    if pattern is not None:
+        metric = work.abs() if pruner == "magnitude" else wanda_metric(work, statistics.scaler)
+        mask = pattern_mask(metric, *pattern)
+    elif pruner == "magnitude":
+        mask = magnitude_mask(work, sparsity, compatible=compatible)
+    else:
+        mask = wanda_mask(work, statistics.scaler, sparsity)
+    return weight.masked_fill(mask, 0)
+
+
+def _smallest(metric: Tensor, count: int) -> Tensor:
+    """The `count` smallest entries; more on a tie, as a threshold has it."""
+    count = min(count, metric.numel())
+    if count == 0:
+        return torch.zeros_like(metric, dtype=torch.bool)
+    return metric <= metric.flatten().kthvalue(count).values
+
+
+def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    matrix = hessian.to(torch.float64, copy=True)
+    if not torch.isfinite(matrix).all():
+        raise InputError("the Hessian of a layer's inputs is not finite; the calibration diverges")
+    diagonal = matrix.diagonal()
+    diagonal[dead] = 1
+    diagonal += damping * diagonal.mean()
+    lower, wrong = torch.linalg.cholesky_ex(matrix)
+    if int(wrong):
+        raise InputError(f"the Hessian of a layer's inputs is not positive definite with damping {damping:g}; raise it")
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity <= 1:
+        raise InputError(f"sparsity of a layer must lie in [0, 1], got {sparsity}")
+
+
+def _check_pattern(n: int, m: int, columns: int) -> None:
+    if not 0 < n < m or columns % m:
+        raise InputError(f"a pattern prunes 0 < n < m of every m columns, and m divides them: {n}:{m} of {columns}")

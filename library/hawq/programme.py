@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from library.errors import InputError, PrismError
 from library.hawq.costs import attainable, checked_table, joined
-from library.hawq.frontier import Selection, lagrangian_bound
+from library.hawq.pareto import Selection, lagrangian_bound
 
 
 def select(

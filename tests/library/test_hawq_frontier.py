@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import InputError
-from library.hawq import frontier as frontier_module
+from library.hawq import pareto
 from library.hawq.costs import BitChoice, bops_costs, joined, size_costs
-from library.hawq.frontier import frontier, lagrangian_bound
+from library.hawq.pareto import frontier, lagrangian_bound
 from library.hawq.programme import select
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hawq"
@@ -166,7 +166,7 @@ def test_lists_that_grow_too_long_are_thinned_and_say_so(monkeypatch):
     omega = np.sort(generator.exponential(size=(8, 4)), 1)[:, ::-1].copy()
     cost = np.sort(generator.random((8, 4)), 1)
     exact = frontier(omega, cost)
-    monkeypatch.setattr(frontier_module, "CELLS", 64)
+    monkeypatch.setattr(pareto, "CELLS", 64)
     thinned = frontier(omega, cost)
     assert exact.exact
     assert not thinned.exact

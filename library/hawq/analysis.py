@@ -7,7 +7,7 @@ eigenvectors of H_i at a minimum. Source: HAWQ-V2, Dong et al., NeurIPS 2020, eq
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def sensitivity(
     activations: ActivationSettings | None = None,
     forms: Forms | None = None,
 ) -> Sensitivity:
-    """How sensitive each convolution and linear layer of a trained network is to quantisation, one call for all of them.
+    """How sensitive every convolution and linear layer of a trained network is to quantisation.
 
     `loss(model(input), target)` is the mean over a batch, and `data` a list of batches (input, target); more than one
     lets the error from the choice of data be told. Traces take one product per probe for all layers, in rounds of 10,
@@ -141,9 +141,7 @@ def sensitivity(
         omega = second_order_terms(model, loss, data, changes).cpu()
         found["curvature"] = (omega / perturbation.clamp(min=torch.finfo(torch.float64).tiny)).mean(1)
     elif metric != "unweighted":
-        raise InputError(
-            f"unknown metric {metric!r}; allowed: {', '.join((*TRACES, 'top-eigenvalue', 'second-order'))}"
-        )
+        raise InputError(f"unknown metric {metric!r}; allowed: {', '.join(get_args(Metric))}")
     notes = _clipped(found["curvature"] if omega is None else omega.amin(1), table)
     made = Sensitivity(
         metric=metric,

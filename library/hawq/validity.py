@@ -42,9 +42,9 @@ class Validity:
         if TRUSTED[0] <= self.ratio <= TRUSTED[1]:
             return None
         return (
-            f"the loss changes by {self.true:.3g} where {self.predicted:.3g} was predicted; the second-order model does "
-            f"not hold at these bits (neglected slope {self.linear:.2g}, exact quadratic term {self.quadratic:.2g}): "
-            "give the layers with the most weights more bits, or raise the budget"
+            f"the loss changes by {self.true:.3g} where {self.predicted:.3g} was predicted; the second-order model "
+            f"does not hold at these bits (neglected slope {self.linear:.2g}, exact quadratic term "
+            f"{self.quadratic:.2g}): give the layers with the most weights more bits, or raise the budget"
         )
 
 

@@ -80,9 +80,10 @@ def test_omega_is_invariant_to_rescaling_relu_layers():
         rescaled[0].bias.mul_(4)
         rescaled[2].weight.div_(4)
     torch.testing.assert_close(model(data[0][0]), rescaled(data[0][0]))
-    options = {"metric": "hessian", "probes": 20, "bits": (2, 4, 8)}
+    options = {"metric": "ggn", "probes": 20, "bits": (2, 4, 8)}
     first, second = (hawq.sensitivity(each, F.cross_entropy, data, **options) for each in (model, rescaled))
-    torch.testing.assert_close(second.curvature * torch.tensor([16.0, 1 / 16]), first.curvature, rtol=0.6, atol=0)
+    torch.testing.assert_close(second.curvature * torch.tensor([16.0, 1 / 16]).double(), first.curvature)
+    torch.testing.assert_close(second.omega, first.omega)
     exact = [hawq.sensitivity(each, F.cross_entropy, data, metric="second-order", bits=(2, 4, 8)).omega
              for each in (model, rescaled)]  # fmt: skip
     torch.testing.assert_close(*exact, rtol=1e-8, atol=1e-14)
@@ -194,9 +195,7 @@ def test_a_quantised_network_computes_with_few_values_and_leaves_the_original_al
     with all_active(made):
         assert not torch.equal(made(x), network(x))
     assert torch.equal(made(x), network(x))
-    fine = hawq.quantize(
-        network, dict.fromkeys(made.state_dict(), 16) and {n: 16 for n in hawq.quantizable_layers(network)}
-    )
+    fine = hawq.quantize(network, dict.fromkeys(hawq.quantizable_layers(network), 16))
     torch.testing.assert_close(fine(x), network(x), rtol=1e-3, atol=1e-3)
 
 
@@ -276,7 +275,7 @@ def test_linear_layers_of_a_language_model_are_measured():
     found = hawq.sensitivity(Logits(), loss, [(tokens[:, :-1], tokens[:, 1:])], probes=10, bits=(4, 8))
     assert len(found.layers.names) == 2 * 4 + 1
     assert found.layers.macs[0] == 8 * 16 * 48
-    plan = hawq.frontier(found, fixed={"lm.embed_out": 8}).plan(0.75)
+    plan = hawq.frontier(found, fixed={"lm.lm_head": 8}).plan(0.75)
     made = hawq.quantize(Logits(), plan)
     assert made(tokens).shape == (4, 9, 40)
 

@@ -15,12 +15,12 @@ from library.spectral.density import (
     spectral_bounds,
 )
 from library.spectral.eigen import Eigenpairs, extreme_eigenpairs
+from library.spectral.layout import Layout
 from library.spectral.operators import (
     CurvatureOperator,
     GaussNewton,
     GradientCovariance,
     Hessian,
-    Layout,
     dense_matrix,
     require_symmetric,
 )

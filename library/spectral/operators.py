@@ -11,7 +11,6 @@ forward and backward pass per batch serves the whole block. Every worker of a di
 products and counts are summed over the workers, so all of them must ask for the same products in the same order.
 """
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,38 +24,11 @@ from library import collective
 from library.errors import InputError, NonFiniteError
 from library.recipe import to_device
 from library.spectral.differentiation import batched_grad, evaluation_mode, require_twice_differentiable
+from library.spectral.layout import Layout
 from library.spectral.trace import Operator, product, random_probes
 
 Loss = Callable[[Any, Any], Tensor]
 DENSE_BYTES = 4 << 30  # the largest matrix that `dense_matrix` forms
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which entries of a parameter vector belong to which parameter: blocks by name, in order, each row-major."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of entries of each block."""
-        return tuple(shape.numel() for shape in self.shapes)
-
-    @property
-    def slices(self) -> dict[str, slice]:
-        """Where each block lies in the vector."""
-        edges = itertools.pairwise(itertools.accumulate(self.sizes, initial=0))
-        return {name: slice(*edge) for name, edge in zip(self.names, edges, strict=True)}
-
-    def split(self, block: Tensor) -> list[Tensor]:
-        """Vectors (n, p) as one tensor (p, *shape) for each parameter."""
-        pieces = block.mT.split(self.sizes, dim=-1)
-        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-
-    def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """One tensor (p, *shape) for each parameter as vectors (n, p)."""
-        return torch.cat([piece.flatten(1) for piece in pieces], -1).mT
 
 
 class CurvatureOperator(ABC):
@@ -133,6 +105,11 @@ class CurvatureOperator(ABC):
         """Rademacher probes (n, count) that fit this operator; the same on all workers when their seeds are."""
         return random_probes(self.size, count, generator=generator, dtype=self.dtype, device=self.device)
 
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """The batches of this worker on the operator's device."""
+        for source, target in self.data:
+            yield to_device((source, target), self.device)
+
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """L(w) and its gradient (n,), over all batches of all workers."""
         value, images = self._sum(lambda _, loss: self._first_derivative(loss, graph=False).unsqueeze(-1), 1)
@@ -160,8 +137,7 @@ class CurvatureOperator(ABC):
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         images = torch.zeros(self.size, columns, dtype=self.dtype, device=self.device)
         with evaluation_mode(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for source, target in self.data:
-                source, target = to_device((source, target), self.device)
+            for source, target in self.batches():
                 units = self.count(target)
                 output = self.model(source)
                 loss = self.loss(output, target)
@@ -252,6 +228,18 @@ class GaussNewton(CurvatureOperator):
         slope = torch.autograd.grad(self.loss(free, batch.target), free, create_graph=True)[0]
         curved = batched_grad([slope], (free,), (tangents,))[0]
         return self._pulled_back([output], [curved])
+
+    def pull_back(self, seeds: Callable[[Tensor, Any], Tensor], count: int) -> Tensor:
+        """(1/N) sum of J^T a over all units, (n, count), for cotangents `seeds(output, target)` (count, *output).
+
+        Class means of logit gradients are of this form.
+        """
+
+        def term(batch: _Batch, loss: Tensor) -> Tensor:
+            output = _single(batch.output)
+            return self._pulled_back([output], [seeds(output.detach(), batch.target)]) / self.count(batch.target)
+
+        return self._sum(term, count)[1]
 
     def _pushed_forward(self, output: Tensor, block: Tensor) -> Tensor:
         """J V as (p, *output), through the derivative of J^T a, which is linear in a."""

@@ -11,11 +11,11 @@ from jobs.checkpoint import INDEX, Checkpoint, model_weights
 from library import files
 from library.artifact import MANIFEST, open_artifact
 from library.errors import ArtifactError, InputError
+from library.language import pythia
+from library.language.hub import is_loadable
+from library.language.tokens import Tokenizer, check_vocabulary, load_tokenizer
 from library.recipe import seeded_model
-from library.send import pythia
-from library.send.hub import is_loadable
 from library.send.recipe import SendRecipe
-from library.send.tokens import Tokenizer, check_vocabulary, load_tokenizer
 from library.send.trained import load_send
 from library.weights import load_tensors
 
@@ -129,6 +129,6 @@ def _is_hub(name: str) -> bool:
 
 
 def _bytes() -> Tokenizer:
-    from library.send.tokens import ByteTokenizer
+    from library.language.tokens import ByteTokenizer
 
     return ByteTokenizer()

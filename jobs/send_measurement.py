@@ -12,14 +12,14 @@ from torch import Tensor
 from cluster import storage
 from jobs.send_checkpoints import Source, load_checkpoint
 from library.errors import ArtifactError, InputError, PrismError
-from library.send import material
-from library.send.corpus import read_corpus
+from library.language import material
+from library.language.corpus import read_corpus
+from library.language.token_store import TokenBlocks, TokenStream, pack_documents
+from library.language.tokens import Tokenizer, tokenizer_hash
 from library.send.dropout import SensitivityDropout, embed_texts
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore
 from library.send.recipe import SendRecipe
-from library.send.token_store import TokenBlocks, TokenStream, pack_documents
-from library.send.tokens import Tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
     from jobs.send_analysis import SendAnalysis

@@ -27,10 +27,10 @@ from jobs.job import Job
 from jobs.report import Report
 from library import files, order
 from library.errors import InputError, PrismError
-from library.send.corpus import SUFFIXES, detokenise
-from library.send.material import SPLITS, TOKENIZER
-from library.send.token_store import finish_store, write_shard
-from library.send.tokens import ByteTokenizer, Tokenizer, from_json, load_tokenizer, train_bpe
+from library.language.corpus import SUFFIXES, detokenise
+from library.language.material import SPLITS, TOKENIZER
+from library.language.token_store import finish_store, write_shard
+from library.language.tokens import ByteTokenizer, Tokenizer, from_json, load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -342,7 +342,7 @@ def _loaded(tokenizer: str) -> Tokenizer:
 
 
 def _edges(documents: int, fractions: tuple[float, float, float]) -> tuple[int, int, int, int]:
-    """Where the splits begin and end in the shuffled order, by the rule of `library.send.corpus.split_documents`."""
+    """Where the splits begin and end in the shuffled order, by `library.language.corpus.split_documents`'s rule."""
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
         raise InputError(f"fractions: {fractions} must be three positive numbers that sum to 1")
     first = round(fractions[0] * documents)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from library.artifact import MANIFEST, open_artifact
 from library.errors import InputError
-from library.send import pythia
-from library.send.hub import is_loadable, load_errors
+from library.language import pythia
+from library.language.hub import is_loadable, load_errors
 from library.send.recipe import SendRecipe
 from tune_spaces.space import Choice, Domain, Limit, Real, Space, Whole
 

@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.language.tokens import Tokenizer
 from library.send.calibration import Auroc, Calibration, auroc
 from library.send.decode import Decoded, Layer, sample
 from library.send.eigenscore import eigenscore
-from library.send.tokens import Tokenizer
 
 
 class DetectionSettings(BaseModel, frozen=True, extra="forbid"):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from library.artifact import Artifact
 from library.errors import InputError
+from library.language.tokens import Tokenizer
 from library.send.calibration import Calibration
 from library.send.decode import Decoded, Layer, block_number, newest_output, transformer_blocks
 from library.send.detection import DetectionSettings
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore, eigenvalues
-from library.send.tokens import Tokenizer
 
 LARGEST = 1e100  # of ready embeddings; the squares of larger numbers could overflow in a sum
 ALL_EMPTY, SOME_EMPTY, IDENTICAL = "all-answers-empty", "some-answers-empty", "identical-answers"
@@ -78,8 +78,8 @@ class HallucinationDetector:
     of the output of block `sensitive_layer`. The model is put into evaluation mode.
 
     Example:
-        >>> from library.send.pythia import load
-        >>> from library.send.tokens import ByteTokenizer
+        >>> from library.language.pythia import load
+        >>> from library.language.tokens import ByteTokenizer
         >>> detector = HallucinationDetector(load("pythia-tiny", vocab_rows=257), ByteTokenizer())
         >>> [found] = detector.detect(["The capital of France is"], max_new_tokens=8)
         >>> len(found.samples), found.method, found.no_risk

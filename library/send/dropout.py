@@ -44,7 +44,7 @@ class SensitivityDropout(nn.Module):
     zero; a mask of ones leaves every bit of the forward pass unchanged. With `masking=False` (used when weights are
     zeroed instead) `mask` records the choice and changes nothing. Raises InputError for a layer that the model lacks.
 
-    >>> from library.send.pythia import load
+    >>> from library.language.pythia import load
     >>> model = SensitivityDropout(load("pythia-tiny"))
     >>> model.drop(torch.tensor([3, 5]))
     >>> model(torch.tensor([[1, 2, 3]])).shape

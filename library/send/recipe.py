@@ -17,17 +17,18 @@ from torch.utils.data import Subset
 
 from library import collective
 from library.errors import InputError
+from library.language import material, pythia
+from library.language.hub import is_loadable
+from library.language.token_store import TokenBlocks
+from library.language.tokens import Tokenizer, check_vocabulary
 from library.recipe import Batch, Recipe, Splits, unwrap
-from library.send import material, pythia
+from library.send.cases import entity_cases
 from library.send.decode import transformer_blocks
 from library.send.detection import ClozeCase, DetectionSettings, calibrate
 from library.send.dropout import Form, Layer, SensitivityDropout, drop_weights, embed_texts, padded_share
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore
-from library.send.hub import is_loadable
 from library.send.sensitivity import drop_count, random_indices, top_indices
-from library.send.token_store import TokenBlocks
-from library.send.tokens import Tokenizer, check_vocabulary
 
 CALIBRATION = "calibration.json"  # in an artifact: what the calibrated risk rests on
 
@@ -317,7 +318,7 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
 
     def entity_cases(self, split: Literal["validation", "test"], count: int) -> list[ClozeCase]:
         """At most `count` documents of a split, each cut before a named entity."""
-        return material.entity_cases(self.material(), self.corpus, split, count, spaces=self.wikitext_spaces)
+        return entity_cases(self.material(), self.corpus, split, count, spaces=self.wikitext_spaces)
 
     def _tracks(self) -> bool:
         return self.selection in ("product", "change", "variance")

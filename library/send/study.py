@@ -22,13 +22,13 @@ from torch.utils.data import Subset
 from library import files
 from library.artifact import Artifact, open_artifact
 from library.errors import InputError
+from library.language import material
+from library.language.hub import is_loadable
 from library.recipe import Splits, evaluation_batches, fit, to_device, unwrap
-from library.send import material
 from library.send.detection import ClozeStudy, DetectionSettings, cloze_study
 from library.send.dropout import SensitivityDropout, embed_texts
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore, eigenscore_after_drop
-from library.send.hub import is_loadable
 from library.send.recipe import SendRecipe
 from library.send.sensitivity import drop_count, random_indices, sensitivity, top_indices
 from library.send.trained import load_send

@@ -4,10 +4,10 @@ from pydantic import ValidationError
 
 from library.artifact import Artifact
 from library.errors import ArtifactError
-from library.send import material, pythia
+from library.language import material, pythia
+from library.language.tokens import Tokenizer, from_json
 from library.send.dropout import SensitivityDropout
 from library.send.recipe import SendRecipe
-from library.send.tokens import Tokenizer, from_json
 from library.weights import load_tensors
 
 

@@ -19,14 +19,14 @@ from jobs.send_analysis import SendAnalysis
 from jobs.send_checkpoints import find_checkpoints
 from library.artifact import write_artifact
 from library.errors import ArtifactError, InputError
+from library.language import material
+from library.language.corpus import read_corpus
+from library.language.token_store import TokenBlocks, pack_documents
+from library.language.tokens import ByteTokenizer, train_bpe
 from library.recipe import seeded_model
-from library.send import material
-from library.send.corpus import read_corpus
 from library.send.eigenscore import eigenscore
 from library.send.recipe import SendRecipe
 from library.send.sensitivity import sensitivity, top_indices
-from library.send.token_store import TokenBlocks, pack_documents
-from library.send.tokens import ByteTokenizer, train_bpe
 from library.weights import state_tensors
 
 ANSWERS = {"samples": 3, "max_new_tokens": 4, "temperature": 1.0, "top_k": None}

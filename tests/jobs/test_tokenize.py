@@ -9,11 +9,11 @@ import pytest
 
 from jobs.tokenize import TokenizeJob
 from library.errors import InputError
+from library.language import material
+from library.language.tokens import tokenizer_hash
 from library.recipe import fit
 from library.samples import json_lines
-from library.send import material
 from library.send.recipe import SendRecipe
-from library.send.tokens import tokenizer_hash
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.errors import ArtifactError, InputError, PrismError
+from library.language.corpus import detokenise, read_corpus, split_documents
+from library.language.token_store import TokenBlocks, finish_store, open_store, pack_documents, write_shard
+from library.language.tokens import ByteTokenizer, tokenizer_hash, train_bpe
 from library.samples import json_lines, sample_file
-from library.send.corpus import detokenise, read_corpus, split_documents
-from library.send.token_store import TokenBlocks, finish_store, open_store, pack_documents, write_shard
-from library.send.tokens import ByteTokenizer, tokenizer_hash, train_bpe
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document number {i}, {'x' * (i % 5)}" for i in range(20)]

@@ -9,12 +9,12 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from library.errors import InputError
+from library.language.tokens import ByteTokenizer
 from library.samples import json_lines
 from library.send import detection
 from library.send.calibration import auroc
 from library.send.decode import sample
 from library.send.detection import DetectionSettings, hallucinated
-from library.send.tokens import ByteTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from library.artifact import write_artifact
 from library.errors import ArtifactError, InputError
+from library.language.tokens import ByteTokenizer
 from library.recipe import seeded_model
 from library.send.calibration import Calibration
 from library.send.detection import DetectionSettings
@@ -16,7 +17,6 @@ from library.send.detector import HallucinationDetector
 from library.send.ees import ees
 from library.send.eigenscore import eigenscore
 from library.send.recipe import SendRecipe
-from library.send.tokens import ByteTokenizer
 
 PROMPTS = ["The capital of France is", "Two", "In the county of North Norfolk"]
 WIDTH, POSITIONS = 32, 64

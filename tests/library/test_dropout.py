@@ -5,9 +5,9 @@ from torch import nn
 
 from library import collective
 from library.errors import InputError, PrismError
+from library.language.pythia import load
 from library.send.decode import transformer_blocks
 from library.send.dropout import SensitivityDropout, drop_weights, embed_texts, padded_share, pool
-from library.send.pythia import load
 from library.send.sensitivity import sensitivity
 from library.weights import persistent_buffers
 

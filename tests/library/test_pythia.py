@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from library.errors import InputError
-from library.send import pythia
+from library.language import pythia
 from library.send.decode import transformer_blocks
 
 PUBLISHED = {

@@ -16,16 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from library import order
 from library.artifact import open_artifact, write_artifact
 from library.errors import ArtifactError, InputError
+from library.language import pythia
+from library.language.corpus import detokenise, read_corpus
+from library.language.token_store import finish_store, write_shard
+from library.language.tokens import ByteTokenizer
 from library.recipe import evaluation_batches, fit, make_batch, seeded_model
-from library.send import pythia
 from library.send import recipe as send_recipe
 from library.send.calibration import Calibration
-from library.send.corpus import detokenise, read_corpus
 from library.send.detection import DetectionSettings, cloze_study
 from library.send.recipe import SendRecipe
 from library.send.sensitivity import sensitivity, top_indices
-from library.send.token_store import finish_store, write_shard
-from library.send.tokens import ByteTokenizer
 from library.send.trained import load_send
 from library.weights import state_tensors
 

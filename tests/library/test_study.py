@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from library.language.material import tracking_texts
 from library.recipe import fit
 from library.send import study as module
 from library.send.detection import DetectionSettings
 from library.send.dropout import embed_texts
 from library.send.eigenscore import eigenscore, eigenscore_after_drop
-from library.send.material import tracking_texts
 from library.send.recipe import SendRecipe
 from library.send.sensitivity import random_indices, sensitivity, top_indices
 from library.send.study import ArmRun, Study

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from library.errors import ArtifactError, InputError
-from library.send.tokens import (
+from library.language.tokens import (
     END_OF_TEXT,
     ByteTokenizer,
     check_vocabulary,

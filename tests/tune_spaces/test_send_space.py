@@ -2,10 +2,10 @@ import pytest
 
 from library.artifact import write_artifact
 from library.errors import InputError
+from library.language import pythia
+from library.language.tokens import ByteTokenizer
 from library.recipe import seeded_model
-from library.send import pythia
 from library.send.recipe import SendRecipe
-from library.send.tokens import ByteTokenizer
 from library.weights import state_tensors
 from tune_spaces import send
 from tune_spaces.space import Real, Whole

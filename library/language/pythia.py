@@ -15,7 +15,7 @@ from torch import nn
 
 from library.artifact import MANIFEST, Artifact, open_artifact
 from library.errors import ArtifactError, InputError
-from library.send.hub import first_line, is_loadable, load_errors
+from library.language.hub import first_line, is_loadable, load_errors
 from library.weights import load_tensors
 
 if TYPE_CHECKING:

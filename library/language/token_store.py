@@ -22,7 +22,7 @@ from torch import Tensor
 
 from library import files
 from library.errors import ArtifactError, InputError
-from library.send.tokens import Tokenizer, tokenizer_hash
+from library.language.tokens import Tokenizer, tokenizer_hash
 
 INDEX = "index.json"
 

@@ -1,8 +1,6 @@
-"""What a SeND recipe trains on, made once per process: tokeniser, token streams, tracking texts and prompts."""
+"""What a language model is trained and measured on, made once per process: tokeniser, streams, texts and prompts."""
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +9,9 @@ import torch
 from torch import Tensor
 
 from library.errors import ArtifactError, InputError
-from library.samples import json_lines
-from library.send.corpus import SAMPLES, detokenise, read_corpus
-from library.send.detection import ClozeCase, cloze_cases, plain_passages
-from library.send.token_store import TokenStream, open_store, pack_documents
-from library.send.tokens import ByteTokenizer, Tokenizer, from_json, load_tokenizer, tokenizer_hash, train_bpe
+from library.language.corpus import detokenise, read_corpus
+from library.language.token_store import TokenStream, open_store, pack_documents
+from library.language.tokens import ByteTokenizer, Tokenizer, from_json, load_tokenizer, tokenizer_hash, train_bpe
 
 SPLITS = ("train", "validation", "test")
 TOKENIZER = "tokenizer.json"
@@ -43,7 +39,7 @@ def prepare(
 ) -> Material:
     """Tokenise a corpus in memory, or open a folder of token stores.
 
-    Such a folder holds `train`, `validation` and `test` (`library.send.token_store`) and `tokenizer.json`, and the
+    Such a folder holds `train`, `validation` and `test` (`library.language.token_store`) and `tokenizer.json`, and the
     other arguments do not apply to it. `tokenizer` is "bpe" (trained on the train documents), "bytes", a folder or
     a hub name; `spaces=False` takes WikiText's spaces around punctuation away. Raises InputError.
     """
@@ -80,21 +76,6 @@ def tracking_texts(stream: TokenStream, count: int, longest: int) -> tuple[Tenso
 def prompts(stream: TokenStream, count: int, length: int) -> list[list[int]]:
     """The first `length` tokens of the first `count` documents that are longer. Raises InputError when too few are."""
     return [text[:length].tolist() for text in _first(stream, count, length + 1, "prompts")]
-
-
-def entity_cases(made: Material, corpus: str, split: str, count: int, *, spaces: bool = True) -> list[ClozeCase]:
-    """At most `count` cloze cases of the documents of a split, one of each document at most, in the order of the text.
-
-    The shipped Wikipedia passages bring titles and sentences; other documents are read back from their tokens.
-    Prompts have their punctuation as the model was trained on it (`spaces` as in `prepare`).
-    """
-    if corpus == "wikipedia":
-        rows = json_lines("send", dict(zip(SPLITS, SAMPLES[corpus][0], strict=True))[split])
-    else:
-        documents = itertools.islice(getattr(made, split).documents(), 8 * count)
-        rows = plain_passages(made.tokenizer.decode(document.tolist()) for document in documents)
-    cases = cloze_cases(rows, per_passage=1)[:count]
-    return cases if spaces else [replace(case, prompt=detokenise(case.prompt)) for case in cases]
 
 
 def _first(stream: TokenStream, count: int, shortest: int, name: str) -> list:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from library import order
 from library.errors import InputError
+from library.language.hub import load_errors
 from library.samples import json_lines
-from library.send.hub import load_errors
 
 
 class TextSplits(NamedTuple):

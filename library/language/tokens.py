@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from library.artifact import MANIFEST, open_artifact
 from library.errors import ArtifactError, InputError
-from library.send.hub import first_line, is_loadable, load_errors
+from library.language.hub import first_line, is_loadable, load_errors
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokeniser
 END_OF_TEXT = 0  # of every tokeniser made here, as in GPT-NeoX

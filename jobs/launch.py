@@ -225,7 +225,7 @@ def _write_result(job: "TrainingJob", folder: str, cwd: str) -> str:
             local,
             kind=recipe.kind,
             recipe=recipe.model_dump(mode="json"),
-            weights=model_weights(checkpoint),
+            weights=recipe.stored(model, model_weights(checkpoint)),
             metrics=checkpoint.metrics,
             data=recipe.datasets().fingerprint,
             arrays=arrays,

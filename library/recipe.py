@@ -122,6 +122,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """Floating-point operations of forward and backward per unit of `count`, for the model's utilisation."""
         return None
 
+    def stored(self, model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """What an artifact holds of the trained `model`, whose whole `state` is given; by default all as it is."""
+        return state
+
     def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Named tensors and named texts that the artifact holds beside the weights (a tokeniser, a calibration)."""
         return {}, {}
@@ -217,7 +221,7 @@ def fit(
         path or Path(tempfile.mkdtemp(prefix=f"prism-{recipe.kind}-")),
         kind=recipe.kind,
         recipe=recipe.model_dump(mode="json"),
-        weights=state_tensors(model),
+        weights=recipe.stored(model, state_tensors(model).items()),
         metrics=metrics,
         data=splits.fingerprint,
         arrays=arrays,

@@ -97,6 +97,7 @@ def sensitivity(
     activation_bits: Sequence[int] = (),
     activations: ActivationSettings | None = None,
     forms: Forms | None = None,
+    known: "Sensitivity | None" = None,
 ) -> Sensitivity:
     """How sensitive every convolution and linear layer of a trained network is to quantisation.
 
@@ -105,7 +106,8 @@ def sensitivity(
     until `probes`, or until every trace is known to 5 %, or, with a `budget`, until 95 % of resampled probes and
     batches choose the same bits. `activation_bits` adds the layers' inputs. The network runs in evaluation mode; fold
     batch norm before (`fold_batch_norm`) when the deployed network has it folded. `forms(start, count)` computes the
-    quadratic forms (batches, count, layers) of `quadratic_forms` elsewhere, on a cluster say.
+    quadratic forms (batches, count, layers) of `quadratic_forms` elsewhere, on a cluster say. The curvature of a
+    `known` sensitivity of the same network is taken over: only the perturbations are new then.
 
     Raises InputError for empty data, unknown layers, frozen weights or bits outside 2 to 16, and NonFiniteError.
 
@@ -129,7 +131,10 @@ def sensitivity(
     sizes = torch.tensor(table.n_params, dtype=torch.float64)
     found = {"curvature": torch.ones_like(sizes), "probe_error": unknown, "data_error": unknown}
     omega = None
-    if metric in TRACES:
+    if known is not None:
+        names = ("curvature", "probe_error", "data_error", "probes", "stability")
+        found = {name: getattr(known, name) for name in names}
+    elif metric in TRACES:
         measure = forms or _forms_here(model, loss, data, weights, metric, seed)
         shares = torch.tensor([float(len(target)) for _, target in data], dtype=torch.float64)
         decide = _decision(perturbation, table, tuple(bits), budget) if budget else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from library.hawq.activations import ActivationQuantizer, ActivationSettings
 from library.hawq.costs import BitChoice
 from library.hawq.layers import quantizable_layers
 from library.hawq.plan import BitPlan
-from library.hawq.quantizers import WeightQuantizer, straight_through
+from library.hawq.quantizers import Grid, WeightQuantizer, straight_through
 from library.spectral.differentiation import evaluation_mode
 
 BIAS_LEVELS = 2.0**31  # biases are 32-bit integers of scale (input scale) x (weight scale)
@@ -36,8 +37,13 @@ class QuantizedLayer(nn.Module):
         """Set the bits; inputs stay in full precision when `activations` is None."""
         self.bits, self.quantizer = choice, quantizer
         self.input = ActivationQuantizer(choice.activation, activations) if activations else None
+        self.held = False
         self.register_buffer("active", torch.ones((), dtype=torch.uint8))
         return self
+
+    def hold(self) -> None:
+        """Take the weight as quantised already, as it is when it was read from integers."""
+        self.held = True
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias as the integers stand for them; as they are while not active."""
@@ -46,15 +52,21 @@ class QuantizedLayer(nn.Module):
             self.input.observe(x)
         if calibrating or not bool(self.active):
             return x, self.weight, self.bias
-        weight = self.quantizer.fake(self.weight, self.bits.weight)
+        if self.held:
+            return (x if self.input is None else self.input(x)), self.weight, self.bias
+        grid = self.quantizer.grid(self.weight, self.bits.weight)
+        values = grid.values(grid.integers(self.quantizer.rows(self.weight.detach())))
+        weight = straight_through(self.weight, values.reshape(self.weight.shape))
         if self.input is None:
             return x, weight, self.bias
-        return self.input(x), weight, self._bias()
+        return self.input(x), weight, self.rounded_bias(grid)
 
-    def _bias(self) -> Tensor | None:
-        if self.bias is None:
-            return None
-        scale = self.input.scale() * self.quantizer.grid(self.weight, self.bits.weight).scale.flatten()
+    def rounded_bias(self, grid: Grid | None = None) -> Tensor | None:
+        """The bias in whole multiples of (input scale) x (weight scale), as 32-bit integers hold it."""
+        if self.bias is None or self.held:
+            return self.bias
+        grid = grid or self.quantizer.grid(self.weight, self.bits.weight)
+        scale = self.input.scale() * grid.scale.flatten()
         integers = torch.round(self.bias.detach() / scale).clamp(-BIAS_LEVELS, BIAS_LEVELS - 1)
         return straight_through(self.bias, integers * scale)
 
@@ -108,17 +120,27 @@ def quantize(
     >>> small.head.weight.unique().numel() > 16 >= small.head.quantized(torch.zeros(1, 64))[1][0].unique().numel()
     True
     """
-    choices = plan_choices(plan)
-    copy = _copied(model)
-    for name, layer in quantizable_layers(copy, list(choices)).items():
+    copy = converted(deepcopy(model), plan_choices(plan), quantizer=quantizer, activations=activations)
+    if activations is not None:
+        calibrate(copy, calibration)
+    return copy
+
+
+def converted(
+    model: nn.Module,
+    choices: Mapping[str, BitChoice],
+    *,
+    quantizer: WeightQuantizer | None,
+    activations: ActivationSettings | None,
+) -> nn.Module:
+    """The same model with the named layers turned into quantised ones, in place; ranges are not known yet."""
+    for name, layer in quantizable_layers(model, list(choices)).items():
         kind = next((made for base, made in KINDS.items() if type(layer) is base), None)
         if kind is None:
             raise InputError(f"layer {name!r} is a {type(layer).__name__}, a kind that is not known; leave it out")
         layer.__class__ = kind
         layer.prepare(choices[name], quantizer or WeightQuantizer(), activations)
-    if activations is not None:
-        calibrate(copy, calibration)
-    return copy
+    return model
 
 
 def plan_choices(plan: BitPlan | Mapping[str, int | BitChoice]) -> dict[str, BitChoice]:
@@ -172,9 +194,3 @@ def set_active(model: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Quantise the layers whose name is chosen, and let the others compute in full precision."""
     for name, layer in quantized_layers(model).items():
         layer.active.fill_(int(chosen(name)))
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    from copy import deepcopy
-
-    return deepcopy(model)

@@ -31,7 +31,7 @@ class Budget(BaseModel, frozen=True, extra="forbid"):
     """For kind=latency: seconds of each layer (rows) at each choice of bits (columns)."""
 
     def costs(self, layers: LayerTable, choices: Sequence[BitChoice]) -> np.ndarray:
-        """What each choice costs in each layer: (layers, choices). Raises InputError for a latency table of another size."""
+        """What each choice costs in each layer: (layers, choices). InputError for a latency table of another size."""
         if self.kind == "size":
             return size_costs(layers.n_params, choices)
         if self.kind == "bops":

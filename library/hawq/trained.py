@@ -1,0 +1,70 @@
+"""A quantised classifier, read back from its artifact: integers become the weights that they stand for."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.artifact import Artifact
+from library.errors import ArtifactError, InputError
+from library.hawq.costs import BitChoice
+from library.hawq.layers import fold_batch_norm
+from library.hawq.network import converted
+from library.hawq.packing import LAYOUT, load_packed
+from library.hawq.recipe import TASK, HawqRecipe
+from library.images.networks import image_network
+
+
+@dataclass(frozen=True)
+class QuantizedClassifier:
+    """A quantised network with what it needs to answer: `shape` (channels, height, width), scaling, classes, T."""
+
+    model: nn.Module
+    recipe: HawqRecipe
+    shape: tuple[int, int, int]
+    mean: Tensor
+    std: Tensor
+    classes: tuple[str, ...]
+    temperature: float
+    layout: dict[str, Any]
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Calibrated class probabilities (n, classes) of uint8 images (n, channels, height, width).
+
+        Raises InputError for images of another shape or type.
+        """
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.shape or not len(pixels):
+            raise InputError(
+                f"images must be uint8 (n, {', '.join(map(str, self.shape))}), got {pixels.dtype} {tuple(pixels.shape)}"
+            )
+        device = next(self.model.parameters()).device
+        scaled = (pixels.float() / 255 - self.mean) / self.std
+        return (self.model(scaled.to(device)).float().cpu() / self.temperature).softmax(1)
+
+
+def load_hawq(artifact: Artifact) -> QuantizedClassifier:
+    """The classifier of an artifact of kind `hawq`, in evaluation mode. Needs neither data nor the first network.
+
+    Raises ArtifactError when the artifact is of another kind or its parts do not fit.
+    """
+    if artifact.kind != HawqRecipe.kind:
+        raise ArtifactError(f"{artifact.path} is an artifact of {artifact.kind!r}, not of 'hawq'")
+    try:
+        recipe = HawqRecipe.model_validate(artifact.recipe)
+        layout, task = json.loads(artifact.text(LAYOUT)), json.loads(artifact.text(TASK))
+        model = image_network(recipe.classifier.network, task["shape"][0], len(task["classes"])).eval()
+        fold_batch_norm(model, torch.zeros(2, *task["shape"]))
+        choices = {
+            entry["name"]: BitChoice(entry["weight_bits"], entry["input_bits"] or 32) for entry in layout["layers"]
+        }
+        activations = recipe.activations if recipe.activation_bits else None
+        model = converted(model, choices, quantizer=recipe.quantizer, activations=activations)
+        scaling = [torch.tensor(task[name])[:, None, None] for name in ("mean", "std")]
+        shape, classes, temperature = tuple(task["shape"]), tuple(task["classes"]), float(task["temperature"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{artifact.path}: its parts do not fit: {str(error).splitlines()[0]}") from error
+    load_packed(model, artifact.weights(), source=str(artifact.path))
+    return QuantizedClassifier(model.eval(), recipe, shape, *scaling, classes, temperature, layout)

@@ -27,6 +27,7 @@ def analyze(
     data: Iterable[tuple[Any, Any]],
     *,
     parameters: Iterable[str] | None = None,
+    count: Callable[[Any], int] = len,
     top: int | None = None,
     steps: int = 64,
     probes: int = 8,
@@ -54,7 +55,7 @@ def analyze(
     >>> report.parameters, report.spectrum.exact
     (67, True)
     """
-    options = {"parameters": None if parameters is None else tuple(parameters), "chunk": chunk}
+    options = {"parameters": None if parameters is None else tuple(parameters), "count": count, "chunk": chunk}
     hessian = Hessian(model, loss, data, **options)
     draw = torch.Generator().manual_seed(seed)
     value, gradient = hessian.loss_and_gradient()

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 
 from library.errors import InputError, NonFiniteError
 
@@ -90,49 +88,52 @@ class Descent:
 
 
 def train_together(
-    models: Sequence[nn.Module], points: Tensor, labels: Tensor, descent: Descent, *, seed: int = 0
+    models: Sequence[nn.Sequential], points: Tensor, labels: Tensor, descent: Descent, *, seed: int = 0
 ) -> Tensor:
-    """Train equal networks, each on its own points, as one: `points` (s, n, d), `labels` (s, n). Returns steps (s,).
+    """Train `perceptron`s of equal sizes, each on its own points, as one. Returns the steps that each took (s,).
 
-    The models hold the trained weights afterwards. Each stops by itself where `descent` says; those that have stopped
-    stand still. The loss is the mean cross-entropy. Raises NonFiniteError when a loss is not finite.
+    `points` (s, n, d), `labels` (s, n). The models hold the trained weights afterwards. Each stops by itself where
+    `descent` says; those that have stopped stand still. The loss is the mean cross-entropy. Raises NonFiniteError when
+    a loss is not finite.
     """
-    names = [name for name, _ in models[0].named_parameters()]
-    stacked = {name: torch.stack([dict(model.named_parameters())[name].detach() for model in models]) for name in names}
+    stacked = [torch.stack(each).detach() for each in zip(*(model.parameters() for model in models), strict=True)]
+    weights, activation = [value.requires_grad_() for value in stacked], models[0][1] if len(models[0]) > 1 else None
     draw = torch.Generator().manual_seed(seed)
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(models[0], parameters, (x,)), y)
-
-    slopes = vmap(grad_and_value(loss))
     taken = torch.zeros(len(models), dtype=torch.int64)
     active = torch.ones(len(models), dtype=torch.bool)
-    for _ in range(descent.steps):
-        if descent.batch is None:
-            x, y = points, labels
-        else:
+    for step in range(descent.steps):
+        x, y = points, labels
+        if descent.batch is not None:
             chosen = torch.randint(points.shape[1], (descent.batch,), generator=draw)
             x, y = points[:, chosen], labels[:, chosen]
-        gradients, losses = slopes(stacked, x, y)
+        losses = _losses(weights, activation, x, y)
+        gradients = torch.autograd.grad(losses.sum(), weights)
         if not bool(torch.isfinite(losses).all()):
             raise NonFiniteError(f"the loss of a tiny network is {losses.tolist()}; lower the rate {descent.rate:g}")
         if descent.batch is None:
-            norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+            norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
             active = active & (losses > descent.loss) & (norms > descent.gradient)
-        elif int(taken.max()) % 100 == 0:
-            _, whole = slopes(stacked, points, labels)
-            active = active & (whole > descent.loss)
+        elif step % 50 == 0:
+            active = active & (_losses(weights, activation, points, labels) > descent.loss)
         if not bool(active.any()):
             break
-        for name, gradient in gradients.items():
-            mask = active.view(-1, *[1] * (gradient.ndim - 1))
-            stacked[name] = torch.where(mask, stacked[name] - descent.rate * gradient, stacked[name])
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight -= descent.rate * gradient * active.view(-1, *[1] * (gradient.ndim - 1))
         taken += active
     with torch.no_grad():
         for i, model in enumerate(models):
-            for name, value in model.named_parameters():
-                value.copy_(stacked[name][i])
+            for value, trained in zip(model.parameters(), weights, strict=True):
+                value.copy_(trained[i])
     return taken
+
+
+def _losses(weights: Sequence[Tensor], activation: nn.Module | None, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropies (s,) of stacked networks: weights (s, out, in) and biases (s, out) in turn."""
+    for i in range(0, len(weights), 2):
+        x = torch.baddbmm(weights[i + 1].unsqueeze(1), x, weights[i].mT)
+        x = activation(x) if activation is not None and i + 2 < len(weights) else x
+    return (x.logsumexp(-1) - x.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean(-1)
 
 
 def _standardised(points: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""Curvature of any recipe's loss: its batches and losses as a model, and a follower for use while it trains."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library import collective
+from library.hessian.analysis import analyze
+from library.hessian.report import HessianReport
+from library.recipe import Batch, Recipe, Samples, Splits, make_batch, unwrap
+from library.spectral.eigen import extreme_eigenpairs
+from library.spectral.operators import Hessian
+
+
+class RecipeLoss(nn.Module):
+    """A recipe's loss as a module: maps (number, batch) to the scalar `recipe.losses(model, batch)["loss"]`.
+
+    What is random in the loss is drawn from the batch's number, so that every product sees the same loss.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        super().__init__()
+        self.recipe, self.model = recipe, unwrap(model)
+
+    def forward(self, numbered: tuple[int, Batch]) -> Tensor:
+        number, batch = numbered
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            return self.recipe.losses(self.model, batch)["loss"]
+
+
+def curvature_batches(splits: Splits, samples: Samples, count: int, size: int) -> list[tuple[tuple[int, Batch], Batch]]:
+    """This worker's share of the first `count` samples in batches of at most `size`, as pairs for `RecipeLoss`."""
+    share = collective.share(min(count, len(samples)))
+    starts = range(share.start, share.stop, size)
+    found = []
+    for start in starts:
+        numbers = list(range(start, min(start + size, share.stop)))
+        batch = make_batch(splits, samples, numbers, numbers)
+        found.append(((start, batch), batch))
+    return found
+
+
+def recipe_hessian(
+    recipe: Recipe, model: nn.Module, batches: Iterable[tuple[tuple[int, Batch], Batch]], **options: Any
+) -> Hessian:
+    """The Hessian of a recipe's loss over `curvature_batches`; `options` are those of `Hessian`."""
+    return Hessian(RecipeLoss(recipe, model), _itself, batches, count=recipe.count, **options)
+
+
+def analyze_recipe(
+    recipe: Recipe, model: nn.Module, batches: Sequence[tuple[tuple[int, Batch], Batch]], **options: Any
+) -> HessianReport:
+    """`analyze` for a recipe's model and loss; no Gauss-Newton part, since the outputs stay inside the loss.
+
+    A parameter `w` is called `model.w` in the result.
+    """
+    module = RecipeLoss(recipe, model)
+    return analyze(module, _itself, batches, count=recipe.count, gauss_newton=False, **options)
+
+
+class CurvatureFollower:
+    """Follows the largest Hessian eigenvalues while a recipe trains; call it in `after_step`, or after a step.
+
+    Every `every` steps the eigenvectors of the last time, and a random vector, start the search, so that it takes a few
+    products. The samples are the first `samples` of the training data, the same at all times and shared over workers;
+    every worker must call it. Works with engines that keep whole weights on each worker (ddp).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        *,
+        every: int,
+        count: int = 3,
+        samples: int = 128,
+        batch_size: int = 32,
+        tolerance: float = 1e-2,
+        limit: int = 60,
+    ) -> None:
+        self._recipe, self._every, self._count = recipe, every, count
+        self._tolerance, self._limit = tolerance, limit
+        self._batches = curvature_batches(splits, splits.train, samples, batch_size)
+        self._draw = torch.Generator().manual_seed(recipe.seed)
+        self._vectors: Tensor | None = None
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """At each `every`-th step `hessian_1`, `hessian_2` ... and how many products it took; else nothing."""
+        if step % self._every:
+            return {}
+        hessian = recipe_hessian(self._recipe, model, self._batches)
+        count = min(self._count, hessian.size)
+        random = hessian.probes(1 if self._vectors is not None else count, generator=self._draw)
+        start = random if self._vectors is None else torch.cat([self._vectors, random], 1)
+        pairs = extreme_eigenpairs(
+            hessian, start, largest=count, generator=self._draw, tolerance=self._tolerance, limit=self._limit
+        )
+        self._vectors = pairs.vectors
+        values = {f"hessian_{i + 1}": float(value) for i, value in enumerate(pairs.values)}
+        return values | {"hessian_products": float(pairs.products)}
+
+
+def _itself(loss: Tensor, _: Batch) -> Tensor:
+    return loss

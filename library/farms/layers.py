@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.artifact import MANIFEST, Artifact, open_artifact
 from library.errors import ArtifactError, InputError
+from library.language.hub import is_loadable, load_errors
 
 Source = nn.Module | Mapping[str, Tensor] | Artifact | str | Path
 Kind = Literal["linear", "conv"]
@@ -81,7 +82,7 @@ def find_layers(source: Source) -> list[Layer]:
     """The linear and convolutional layers of a model in order, a weight that several names share only once.
 
     source   a torch module; a state by name; a safetensors file or a folder of them, such as a Hugging Face model's;
-             an artifact or its folder
+             an artifact or its folder; the name OWNER/NAME of a model on the Hugging Face hub
 
     Embeddings, norms and biases are not among them, an output layer is. Layouts that keep a weight as (in, out), like
     GPT-2's, are told from the length of their biases. A stack of experts gives one layer for each expert. Raises
@@ -151,7 +152,17 @@ def _files(path: Path) -> list[Path]:
         return found
     if path.is_file() and path.suffix == ".safetensors":
         return [path]
+    if not path.exists() and is_loadable(str(path)):
+        return _files(_from_hub(str(path)))
     raise InputError(f"{path} is no safetensors file, nor a folder that holds one, nor an artifact")
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a hub model's safetensors on this machine, brought here where they are not yet."""
+    from huggingface_hub import snapshot_download
+
+    with load_errors("model", name, None):
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
 
 
 def _artifact_files(artifact: Artifact) -> list[Path]:

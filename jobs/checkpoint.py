@@ -15,6 +15,7 @@ stretches that may end in the middle of a row: stretches describe all three.
 Writes run in a background thread from a copy of the state; a folder without an index is never read.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -36,10 +37,11 @@ from torch import Tensor
 
 from cluster import storage
 from library import collective, files
-from library.errors import ArtifactError, PrismError
+from library.errors import ArtifactError, InputError, PrismError
 
 INDEX = "index.json"
 METRICS = "metrics.json"
+FAILED = ".failed"  # of a worker that could not write its pieces, so that the others need not wait for them
 
 
 class Piece(NamedTuple):
@@ -231,9 +233,10 @@ class CheckpointWriter:
         self._thread.start()
 
     def annotate(self, step: int, metrics: dict[str, float]) -> None:
-        """Store the evaluation at a step beside its checkpoint."""
+        """Store the evaluation at a step beside its checkpoint; a failure is kept as one of the write."""
         if collective.rank() == 0:
-            storage.write_bytes(storage.join(self.place(step), METRICS), json.dumps(metrics).encode())
+            with self.keeping_errors():
+                storage.write_bytes(storage.join(self.place(step), METRICS), json.dumps(metrics).encode())
 
     def wait(self) -> None:
         """Wait for this worker's write in the background; raises what it failed with."""
@@ -244,9 +247,33 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, step: int, pieces: list[Piece], state: dict[str, Any], rank: int, workers: int) -> None:
+    def refusal(self) -> str | None:
+        """Wait for all workers' writes: why the storage refused one (a full disk, no permission), the same on each.
+
+        When it refused none, raises what this worker's write failed with otherwise: another attempt may not meet it.
+        """
+        failure: Exception | None = None
         try:
-            place, name = self.place(step), f"worker-{rank:05d}.safetensors"
+            self.wait()
+        except Exception as error:  # raised below, once the workers have told each other
+            failure = error
+        refusals = collective.all_gather(str(failure) if isinstance(failure, InputError) else None)
+        refusal = next(filter(None, refusals), None)
+        if failure is not None and refusal is None:
+            raise failure
+        return refusal
+
+    @contextlib.contextmanager
+    def keeping_errors(self) -> Iterator[None]:
+        """Keep what fails inside the block for `wait` and `refusal`, as the failure of a write."""
+        try:
+            yield
+        except Exception as error:
+            self._error = self._error or error
+
+    def _write(self, step: int, pieces: list[Piece], state: dict[str, Any], rank: int, workers: int) -> None:
+        place, name = self.place(step), f"worker-{rank:05d}.safetensors"
+        try:
             size, digest = _store({f"{p.key}@{p.start}": p.data for p in pieces}, storage.join(place, name))
             record = WorkerFile(name=name, size=size, sha256=digest, tensors=_places(pieces, name))
             storage.write_bytes(storage.join(place, f"worker-{rank:05d}.json"), record.model_dump_json().encode())
@@ -254,13 +281,17 @@ class CheckpointWriter:
                 self._commit(step, state, workers)
         except Exception as error:  # handed to the training thread, which raises it at the next save or wait
             self._error = error
+            with contextlib.suppress(PrismError):
+                storage.remove(storage.join(place, name))
+                storage.write_bytes(storage.join(place, f"worker-{rank:05d}{FAILED}"), b"")
 
     def _commit(self, step: int, state: dict[str, Any], workers: int, timeout_s: float = 1800.0) -> None:
         place = self.place(step)
         deadline = time.monotonic() + timeout_s
         records = [storage.join(place, f"worker-{rank:05d}.json") for rank in range(workers)]
         while not all(storage.exists(record) for record in records):
-            if time.monotonic() > deadline:
+            failed = any(name.endswith(FAILED) for name in storage.list(place))
+            if failed or time.monotonic() > deadline:
                 raise PrismError(f"checkpoint {place} was given up: not every worker wrote its part")
             time.sleep(0.02)
         parts = [WorkerFile.model_validate_json(storage.read_bytes(record)) for record in records]

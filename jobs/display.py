@@ -74,9 +74,11 @@ class Display:
             self._first, self._began = step, time.monotonic()
         if step == self._steps or step - self._shown >= max(1, self._steps // LINES):
             self._shown = step
-            done = max(1, step - self._first)
-            left = (time.monotonic() - self._began) / done * (self._steps - step)
-            print(f"{self._name}  step {step}/{self._steps}  {state}  {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+            left = ""
+            if self._first < step < self._steps:
+                each = (time.monotonic() - self._began) / (step - self._first)
+                left = f"  {each * (self._steps - step):.0f} s left"
+            print(f"{self._name}  step {step}/{self._steps}  {state}{left}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _describe(self, event: dict[str, Any]) -> str:
         metrics = event["metrics"]

@@ -56,6 +56,9 @@ def launch(job: "TrainingJob") -> Report:
         tracking.finish("FAILED")
         storage.remove(folder)
         raise InputError(outcome.message)
+    if outcome.reason == "unsaved":
+        tracking.finish("FAILED")
+        raise InputError(f"{outcome.message}; {_saved(complete(storage.join(folder, 'checkpoints')))}: {resume}")
     if outcome.reason == "non-finite":
         tracking.finish("FAILED")
         raise NonFiniteError(outcome.message)

@@ -101,7 +101,7 @@ class JournalSearcher(Searcher):
         result = result or {}
         self._add(record, result)
         reason = result.get("reason")
-        if error or reason in ("refused", "non-finite", "unmeasured"):
+        if error or reason in ("refused", "unsaved", "non-finite", "unmeasured"):
             record.state = "failed"
             record.fault = result.get("fault") or "its worker died; see Ray's logs"
         elif reason in ("finished", "early"):

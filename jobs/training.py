@@ -100,10 +100,11 @@ class TrainingJob(Job, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a worker's loop ended: all steps, the recipe's own criterion, the driver's wish, or a refusal."""
+    """How a worker's loop ended: all steps, the recipe's own criterion, the driver's wish, a non-finite number, a
+    recipe that was refused, or a storage that refused to be written."""
 
     step: int
-    reason: Literal["finished", "early", "stopped", "non-finite", "refused"]
+    reason: Literal["finished", "early", "stopped", "non-finite", "refused", "unsaved"]
     message: str = ""
 
 
@@ -171,6 +172,8 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
             last = done.stop or step == recipe.steps
             saved = last or step % job.checkpoint_every == 0
             if saved:
+                if refusal := writer.refusal():
+                    return Outcome(step, "unsaved", refusal)
                 writer.save(step, engine.pieces(), run_state(engine, schedule))
             if step == recipe.steps or step % (job.evaluate_every or job.checkpoint_every) == 0:
                 found = evaluate(recipe, engine, splits, device, poster)
@@ -186,7 +189,8 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
                 outcome = Outcome(step, "stopped")
             history.add(step, metrics | noticed)
             if saved:
-                history.write()
+                with writer.keeping_errors():
+                    history.write()
             poster.post(
                 step=step,
                 metrics=metrics | noticed,
@@ -195,9 +199,10 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
                 memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                 flops_per_second=flops * done.units / seconds if flops else None,
             )
-    writer.wait()
-    history.write()
-    collective.barrier()
+    with writer.keeping_errors():
+        history.write()
+    if refusal := writer.refusal():
+        return Outcome(step, "unsaved", refusal)
     return replace(outcome, step=step)
 
 

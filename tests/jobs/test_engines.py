@@ -12,6 +12,8 @@ from jobs import checkpoint as checkpoints
 from jobs.board import Poster
 from jobs.history import read_history
 from jobs.training import TrainingJob, train
+from library import collective
+from library.errors import InputError
 from tests.jobs.toy import ToyRecipe, run_workers
 
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -143,3 +145,30 @@ def test_bf16_keeps_full_precision_weights_in_its_checkpoints(tmp_path: Path, re
 def test_checkpointed_activations_change_nothing(tmp_path: Path, reference: Path) -> None:
     run_workers(2, train_all, str(tmp_path), [("recomputed", {"activation_checkpointing": True})])
     torch.testing.assert_close(losses(tmp_path / "recomputed"), losses(reference), rtol=TOLERANCE, atol=0)
+
+
+def train_onto_a_disk_that_fills_up(folder: str) -> tuple[str, int, str]:
+    """The outcome when the last worker, and no other, may write one checkpoint only."""
+    store, written = checkpoints._store, []
+
+    def limited(*arguments: Any) -> Any:
+        written.append(arguments)
+        if collective.rank() == collective.world_size() - 1 and len(written) > 1:
+            raise InputError("cannot write there: the disk is full")
+        return store(*arguments)
+
+    checkpoints._store = limited
+    job = TrainingJob(recipe=ToyRecipe(), checkpoint_every=10)
+    outcome = train(job, folder, torch.device("cpu"), Poster(None))
+    return outcome.reason, outcome.step, outcome.message
+
+
+def test_a_disk_that_fills_up_ends_all_workers_at_once_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    reason, step, message = run_workers(2, train_onto_a_disk_that_fills_up, str(tmp_path))
+    assert (reason, step) == ("unsaved", 30), "known when the checkpoint after the failed one is due"
+    assert message == "cannot write there: the disk is full"
+    found, faults = checkpoints.latest(tmp_path / "checkpoints")
+    assert found.step == 10
+    assert not faults
+    run_workers(2, train_all, str(tmp_path.parent), [(tmp_path.name, {})])
+    assert checkpoints.latest(tmp_path / "checkpoints")[0].step == 50

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 LINES = 20  # plain lines over a whole run
 
@@ -33,11 +34,12 @@ class Display:
         self._first: int | None = None
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[state]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self._console,
+            expand=True,  # a narrow terminal cuts the state, from its end
         )
         self._task = self._progress.add_task(name, total=steps, state="starting workers")
 
@@ -82,9 +84,8 @@ class Display:
 
     def _describe(self, event: dict[str, Any]) -> str:
         metrics = event["metrics"]
-        parts = [f"loss {metrics['loss']:.4f}"]
+        parts = [f"loss {metrics['loss']:.4f}", f"{self._speed:,.0f} {self._unit}/s"]
         parts += [f"{name} {metrics[name]:.4f}" for name in ("validation_loss", "eigenscore", "ees") if name in metrics]
-        parts.append(f"{self._speed:,.0f} {self._unit}/s")
         parts.append("1 worker" if event["workers"] == 1 else f"{event['workers']} workers")
         if event["memory_gib"] is not None:
             parts.append(f"{event['memory_gib']:.1f} GiB")

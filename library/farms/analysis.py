@@ -16,6 +16,7 @@ from library.spectral.tails import LowerBound, Rule, TailFit, fit_tail, hill_sca
 if TYPE_CHECKING:
     import pandas as pd
 
+SKETCH = 41  # log10 eigenvalues at equal steps of their rank, from the least to the largest, draw a spectrum
 LEAST_EIGENVALUES = 5  # a layer with fewer is left out, as published
 STALLED = 0.95  # more windows are of no use where they leave this much of the error
 
@@ -137,8 +138,8 @@ def checked(settings: Settings | None, changes: dict[str, Any]) -> Settings:
 
 
 @torch.no_grad()
-def analyze_layer(layer: Layer, settings: Settings) -> dict[str, Any]:
-    """The row of one layer, as `analyze` describes it."""
+def analyze_layer(layer: Layer, settings: Settings, *, sketch: bool = False) -> dict[str, Any]:
+    """The row of one layer, as `analyze` describes it; with `sketch` also `log_quantiles`, see `SKETCH`."""
     row: dict[str, Any] = {
         "layer": layer.name,
         "kind": layer.kind,
@@ -151,8 +152,14 @@ def analyze_layer(layer: Layer, settings: Settings) -> dict[str, Any]:
     try:
         spectrum, fit, error = measure(weight, settings)
     except InputError as reason:
-        return row | dict.fromkeys(MEASURES, math.nan) | {"num_evals": 0, "windows": 0, "warning": str(reason)}
-    return row | _measures(spectrum, fit, error, settings) | {"warning": ""}
+        row |= dict.fromkeys(MEASURES, math.nan) | {"num_evals": 0, "windows": 0, "warning": str(reason)}
+        return row | ({"log_quantiles": []} if sketch else {})
+    row |= _measures(spectrum, fit, error, settings) | {"warning": ""}
+    if sketch:
+        values = spectrum.values.flatten().sort().values
+        places = torch.linspace(0, 1, SKETCH, dtype=torch.float64, device=values.device) * (len(values) - 1)
+        row["log_quantiles"] = values[places.long()].clamp(min=1e-300).log10().tolist()
+    return row
 
 
 def measure(weight: Tensor, settings: Settings) -> tuple[Spectrum, TailFit, float]:

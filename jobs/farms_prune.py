@@ -1,0 +1,305 @@
+"""Prune a causal language model on Ray Train: calibration shared by the workers, epsilon chosen on validation text."""
+
+import json
+import os
+import threading
+import time
+import uuid
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from cluster import connect, registry, storage
+from jobs.board import Board, Poster
+from jobs.farms import DEFAULT_MODEL, place_of_model
+from jobs.job import Job
+from jobs.report import Report
+from jobs.training import Scaling
+from jobs.workers import stand_in
+from library import collective, files, order
+from library.artifact import write_artifact
+from library.errors import InputError, PrismError
+from library.farms.prune import Pruned, Pruning, Texts, prune_causal_lm
+from library.language import material, pythia
+from library.language.hub import is_loadable
+from library.language.token_store import TokenBlocks, TokenStream
+from library.language.tokens import Tokenizer, check_vocabulary
+from library.weights import state_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
+
+LOOK_S = 0.2
+KIND = "farms"
+
+
+class FarmsPruneJob(Job, frozen=True, extra="forbid"):
+    """Prune a language model and register the sparse one, with its perplexity before and after."""
+
+    job: ClassVar[str] = "farms-prune"
+
+    model: str = DEFAULT_MODEL
+    """A folder of a Hugging Face causal LM, a SeND artifact, models:/NAME@ALIAS, or a hub name OWNER/NAME."""
+    revision: str | None = None
+    """Revision of a hub name; None is the newest."""
+    pruning: Pruning = Pruning()
+    """How much is pruned, of which layers, and how."""
+
+    corpus: str = "wikipedia"
+    """Texts: a shipped sample, a CSV, Parquet or JSONL file, token stores, or a hub data set."""
+    text_column: str = "text"
+    """The column of a file or hub data set that holds the documents."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of the documents to calibrate, validate and test on, where the corpus has no splits of its own."""
+    tokenizer: str | None = None
+    """bytes, a folder or a hub name; None is the model's own."""
+    context: int = Field(128, ge=2)
+    """Tokens per sequence (2048 in the papers)."""
+    calibration: PositiveInt = 128
+    """Sequences of the train split to calibrate on, drawn by `seed`."""
+    evaluation: PositiveInt = 256
+    """Sequences of the validation and of the test split, spread evenly over them; fewer where there are fewer."""
+    batch_size: PositiveInt = 16
+    """Sequences that pass a block at once on one worker."""
+    seed: NonNegativeInt = 0
+    """Seed of the calibration sequences."""
+
+    scaling: Scaling = Scaling()
+    """What the job takes of the cluster; changes nothing in the result beyond rounding."""
+    max_failures: NonNegativeInt = 1
+    """How often the work starts again whose worker died."""
+    storage: str | None = None
+    """Where the artifact is kept: a folder that all nodes see, or a URI. None: PRISM_HOME/runs."""
+    register_as: str | None = None
+    """Name in the model registry; None is farms."""
+    champion: bool = False
+    """Let @champion mean the new version; the first version of a model gets it anyway."""
+
+    def run(self) -> Report:
+        """Prune, write the artifact, register it. Raises InputError for what cannot be pruned, in one line."""
+        began = time.monotonic()
+        if not isinstance(self.scaling.workers, int):
+            raise InputError("scaling.workers: pruning is not elastic; give one number of workers")
+        source = place_of_model(self.model)
+        connect()
+        root = self.storage or str(registry.home() / "runs")
+        folder = storage.join(root, f"{self.job}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
+        pruned, target = self._pruned(str(source), folder)
+        report = Report(
+            job=self.job,
+            config=self.record(),
+            metrics=pruned.metrics,
+            tables={"layers": pruned.layers},
+            figures={"layers": ratios_figure(pruned)},
+            artifact=target,
+            folder=folder,
+        )
+        if pruned.choices:
+            report.tables["epsilon"] = _choices(pruned)
+        self._register(report, target)
+        report.seconds = time.monotonic() - began
+        if storage.is_local(folder):
+            report.folder = str(report.save(storage.local_path(folder) / "report"))
+        return report
+
+    def texts(self, tokenizer: str) -> tuple[Texts, Tokenizer, str]:
+        """The sequences, the tokeniser that made them, and the fingerprint of the texts."""
+        made = material.prepare(
+            self.corpus,
+            column=self.text_column,
+            fractions=self.fractions,
+            spaces=True,
+            tokenizer=tokenizer,
+            revision=self.revision if self.tokenizer is None and tokenizer != "bytes" else None,
+            vocab_size=257,
+        )
+        train = self._blocks(made.train, "train")
+        if len(train) < self.calibration:
+            raise InputError(f"calibration: {self.calibration} sequences asked, the train split has {len(train)}")
+        drawn = order.permutation(self.seed, 0, len(train))[: self.calibration].tolist()
+        held_out = [_spread(self._blocks(made[i], material.SPLITS[i - 1]), self.evaluation) for i in (2, 3)]
+        return Texts(torch.stack([train[i] for i in drawn]), *held_out), made.tokenizer, made.test.fingerprint
+
+    def _blocks(self, stream: TokenStream, split: str) -> TokenBlocks:
+        return TokenBlocks(stream, self.context, f"corpus {self.corpus!r}, {split}")
+
+    def _pruned(self, source: str, folder: str) -> tuple[Pruned, str]:
+        """Run the workers, and show what they post."""
+        import ray
+        from rich.console import Console
+
+        board = ray.remote(num_cpus=0)(Board).remote()
+        ended: list[BaseException | None] = []
+        settings = {"job": self, "source": source, "folder": folder, "board": board, "cwd": os.getcwd()}
+        thread = threading.Thread(target=self._fit, args=(settings, ended), daemon=True)
+        thread.start()
+        console, result = Console(stderr=True), None
+        over = False
+        while not over:
+            over = bool(ended)
+            for event in ray.get(board.take.remote()):
+                if "fault" in event:
+                    raise event["fault"]
+                if "line" in event:
+                    console.print(f"{self.job}: {event['line']}", highlight=False)
+                result = event.get("result", result)
+            if not over:
+                time.sleep(LOOK_S)
+        ray.kill(board)
+        if ended[0] is not None:
+            lines = [line for line in str(ended[0]).splitlines() if line.strip()]
+            first = lines[0] if lines else type(ended[0]).__name__
+            raise PrismError(f"the workers failed: {first}") from ended[0]
+        if result is None:
+            raise PrismError("the workers ended without a result; see Ray's logs")
+        return result
+
+    def _fit(self, settings: dict[str, Any], ended: list[BaseException | None]) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        scaling = self.scaling
+        try:
+            TorchTrainer(
+                _worker,
+                train_loop_config=settings,
+                torch_config=TorchConfig(timeout_s=1800),
+                scaling_config=ScalingConfig(
+                    num_workers=scaling.workers,
+                    use_gpu=scaling.gpu,
+                    resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpu else {}),
+                ),
+                run_config=RunConfig(
+                    name="ray", storage_path=settings["folder"], failure_config=FailureConfig(self.max_failures)
+                ),
+            ).fit()
+            ended.append(None)
+        except BaseException as error:  # handed to the main thread, which raises it
+            ended.append(error)
+
+    def _register(self, report: Report, target: str) -> None:
+        name = self.register_as or KIND
+        try:
+            version = registry.register(registry.resolve(target), name)
+            if self.champion or not any("champion" in known.aliases for known in registry.list_versions(name)):
+                registry.set_alias(name, "champion", version)
+            report.registered = f"models:/{name}/{version}"
+        except PrismError as error:
+            report.notes.append(str(error))
+
+
+class Prepared(NamedTuple):
+    """What is pruned, and on what."""
+
+    lm: "PreTrainedModel"
+    texts: Texts
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One worker: load, prune with the others; the first one writes the artifact."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    stand_in(settings["cwd"])
+    job: FarmsPruneJob = settings["job"]
+    poster = Poster(settings["board"] if get_context().get_world_rank() == 0 else None)
+    prepared, fault = None, None
+    try:
+        prepared = prepare(job, settings["source"])
+    except PrismError as error:
+        fault = error
+    faults = [fault for fault in collective.all_gather(fault) if fault is not None]
+    if faults or prepared is None:
+        poster.post(fault=faults[0])
+        poster.flush()
+        return
+    try:
+        pruned = prune_causal_lm(
+            prepared.lm,
+            prepared.texts,
+            job.pruning,
+            batch_size=job.batch_size,
+            device=get_device(),
+            tell=lambda line: poster.post(line=line),
+        )
+    except PrismError as error:  # the same on every worker
+        poster.post(fault=error)
+        poster.flush()
+        return
+    if collective.rank() == 0:
+        target = _write(job, prepared, pruned, settings["folder"])
+        poster.post(result=(pruned, target))
+    poster.flush()
+    collective.barrier()
+
+
+def prepare(job: FarmsPruneJob, source: str) -> Prepared:
+    """Model, sequences and tokeniser of a job. Raises InputError for what does not fit together."""
+    if not is_loadable(source):
+        raise InputError(f"model {source!r} is neither a folder nor a hub name OWNER/NAME")
+    lm = pythia.load(source, revision=job.revision)
+    texts, tokenizer, fingerprint = job.texts(job.tokenizer or source)
+    check_vocabulary(tokenizer, lm.config.vocab_size, source)
+    positions = lm.config.max_position_embeddings
+    if job.context > positions:
+        raise InputError(f"context: {job.context} tokens, the model has {positions} positions")
+    return Prepared(lm, texts, tokenizer, fingerprint)
+
+
+def _write(job: FarmsPruneJob, prepared: Prepared, pruned: Pruned, folder: str) -> str:
+    target = storage.join(folder, "artifact")
+    with files.scratch_folder() as scratch:
+        local = storage.local_path(target) if storage.is_local(target) else scratch / "artifact"
+        write_artifact(
+            local,
+            kind=KIND,
+            recipe=job.record(),
+            weights=state_tensors(prepared.lm),
+            metrics=pruned.metrics,
+            data=prepared.fingerprint,
+            texts={
+                material.TOKENIZER: prepared.tokenizer.to_json(),
+                "config.json": prepared.lm.config.to_json_string(use_diff=False),
+                "layers.json": json.dumps(pruned.layers.to_dict("records"), indent=1),
+            },
+        )
+        if not storage.is_local(target):
+            storage.upload_folder(Path(local), target, last="artifact.json")
+    return target
+
+
+def _spread(blocks: TokenBlocks, most: int) -> Tensor:
+    """At most so many blocks, at equal distances over all."""
+    count = min(len(blocks), most)
+    return torch.stack([blocks[i * len(blocks) // count] for i in range(count)])
+
+
+def _choices(pruned: Pruned) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame({"epsilon": list(pruned.choices), "validation_perplexity": list(pruned.choices.values())})
+
+
+def ratios_figure(pruned: Pruned) -> "Figure":
+    """The exponent of each layer, and the share of it that was pruned."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(9.6, 4.2), layout="constrained")
+    above, below = drawn.subplots(2, 1, sharex=True)
+    places = range(len(pruned.layers))
+    above.plot(places, pruned.layers["alpha"], "o", ms=3, color="#0072B2")
+    above.set_ylabel("alpha")
+    below.bar(places, pruned.layers["sparsity"], color="#D55E00")
+    below.axhline(pruned.metrics["sparsity"], color="0.4", lw=0.8, ls=":")
+    below.set_ylabel("share pruned")
+    below.set_xlabel("layer, in the model's order (dotted: all layers)")
+    for axis in (above, below):
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawn

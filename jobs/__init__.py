@@ -30,6 +30,7 @@ class JobEntry(NamedTuple):
 
 METHODS = {
     "send": Method("Sensitivity Dropout against hallucinations, EigenScore and EES to detect them", "arXiv 2410.15460"),
+    "farms": Method("FARMS: spectra of layers free of their shapes, for pruning and rates", "arXiv 2506.06280"),
 }
 
 JOBS = {
@@ -38,6 +39,10 @@ JOBS = {
         "send", "jobs.send_analysis:SendAnalysis", "compare checkpoints: which coordinates move, how the scores swing"
     ),
     "tokenize": JobEntry("send", "jobs.tokenize:TokenizeJob", "turn a large corpus into token stores to train on"),
+    "farms": JobEntry("farms", "jobs.farms:FarmsJob", "analyse every layer of a model: how heavy its spectrum's tail is"),
+    "farms-prune": JobEntry(
+        "farms", "jobs.farms_prune:FarmsPruneJob", "prune a causal language model, layers by their spectra"
+    ),
 }
 
 SEARCHES = {

@@ -30,6 +30,8 @@ class JobEntry(NamedTuple):
 
 METHODS = {
     "send": Method("Sensitivity Dropout against hallucinations, EigenScore and EES to detect them", "arXiv 2410.15460"),
+    "hawq": Method("HAWQ-V2: bits for each layer from the curvature of the loss, chosen exactly", "arXiv 1911.03852"),
+    "hessian": Method("spectra of the loss's Hessian: bulk, outliers and the classes behind them", "arXiv 1706.04454"),
     "farms": Method("FARMS: spectra of layers free of their shapes, for pruning and rates", "arXiv 2506.06280"),
 }
 
@@ -39,7 +41,14 @@ JOBS = {
         "send", "jobs.send_analysis:SendAnalysis", "compare checkpoints: which coordinates move, how the scores swing"
     ),
     "tokenize": JobEntry("send", "jobs.tokenize:TokenizeJob", "turn a large corpus into token stores to train on"),
-    "farms": JobEntry("farms", "jobs.farms:FarmsJob", "analyse every layer of a model: how heavy its spectrum's tail is"),
+    "hawq": JobEntry("hawq", "jobs.hawq:HawqJob", "choose each layer's bits, fine-tune and pack an image classifier"),
+    "hawq-classifier": JobEntry("hawq", "jobs.hawq:ClassifierJob", "train the image classifier that is quantised"),
+    "hessian": JobEntry(
+        "hessian", "jobs.hessian:HessianJob", "measure Hessian spectra: the paper's experiments, or an artifact's loss"
+    ),
+    "farms": JobEntry(
+        "farms", "jobs.farms:FarmsJob", "analyse every layer of a model: how heavy its spectrum's tail is"
+    ),
     "farms-prune": JobEntry(
         "farms", "jobs.farms_prune:FarmsPruneJob", "prune a causal language model, layers by their spectra"
     ),
@@ -47,6 +56,7 @@ JOBS = {
 
 SEARCHES = {
     "send": "how much SeND drops, when and chosen how: the least EigenScore within 1 % of plain training's loss",
+    "hawq": "bits, metric, quantiser and fine-tuning of HAWQ-V2: accuracy against size and bit operations",
 }
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 REPRODUCTIONS = {
     "send": "jobs.send_reproduction:SendReproduction",
+    "hawq": "jobs.hawq_reproduction:HawqReproduction",
+    "hessian": "jobs.hessian_reproduction:HessianReproduction",
 }
 
 ROOT = Path(__file__).resolve().parents[1]

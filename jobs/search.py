@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster import storage
+from jobs.pareto import costs, crowding, front_ranks
 from library.errors import PrismError
 from tune_spaces.space import Space
 
@@ -24,13 +26,18 @@ if TYPE_CHECKING:
 
 State = Literal["running", "finished", "stopped", "failed"]
 RECORD = "trial.json"
+POPULATION = 16  # trials in a generation of NSGA-II
 
 
 class TrialRecord(BaseModel):
-    """A trial: the values it tries, how it stands, and what it reported at each step."""
+    """A trial: the values it tries, how it stands, and what it reported at each step.
+
+    `group` names the baselines that it belongs to; None is a trial that the search drew.
+    """
 
     number: int
     values: dict[str, Any]
+    group: str | None = None
     state: State = "running"
     curve: dict[int, dict[str, float]] = {}
     fault: str | None = None
@@ -82,14 +89,23 @@ class JournalSearcher(Searcher):
         records = self._journal.records
         if self._pending:
             record = self._pending.pop(0)
-        elif len(records) < self._samples:
-            number = max((known.number for known in records), default=-1) + 1
-            record = TrialRecord(number=number, values=draw(self._space, records, number, self._kind, self._seed))
+        elif (record := self._new(records)) is not None:
             self._journal.write(record)
         else:
             return Searcher.FINISHED
         self._live[trial_id] = record
-        return {"number": record.number, "values": record.values}
+        return {"number": record.number, "values": record.values, "group": record.group}
+
+    def _new(self, records: list[TrialRecord]) -> TrialRecord | None:
+        """The next baseline, then the next trial that is drawn; None when there are enough."""
+        number = max((known.number for known in records), default=-1) + 1
+        for group, settings in self._space.baselines.items():
+            begun = sum(known.group == group for known in records)
+            if begun < len(settings):
+                return TrialRecord(number=number, values=dict(settings[begun]), group=group)
+        if sum(known.group is None for known in records) >= self._samples:
+            return None
+        return TrialRecord(number=number, values=draw(self._space, records, number, self._kind, self._seed))
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         self._add(self._live[trial_id], result)
@@ -121,7 +137,7 @@ class JournalSearcher(Searcher):
         """Nothing to read."""
 
     def _add(self, record: TrialRecord, result: Mapping[str, Any]) -> None:
-        names = [self._space.metric, "excess", "objective"]
+        names = [self._space.metric, *self._space.others, "excess", "objective"]
         names += [self._space.limit.metric] if self._space.limit else []
         if "objective" in result:
             record.curve[int(result["step"])] = {name: float(result[name]) for name in names}
@@ -138,26 +154,41 @@ class JournalSearcher(Searcher):
             for path, value in record.values.items()
         )
         step = f"step {max(record.curve)}/{self._steps}" if record.curve else "no evaluation"
-        line = f"{self._space.name}  trial {record.number} {record.state}, {step}  {shown}  ({settings})"
-        print(f"{line}  {done}/{self._samples}", file=sys.stderr, flush=True)  # noqa: T201
+        what = record.group or "trial"
+        line = f"{self._space.name}  {what} {record.number} {record.state}, {step}  {shown}  ({settings})"
+        total = self._samples + sum(map(len, self._space.baselines.values()))
+        print(f"{line}  {done}/{total}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def draw(space: Space, records: list[TrialRecord], number: int, kind: str, seed: int) -> dict[str, Any]:
     """What trial `number` tries: a function of the seed, the number, and the records so far.
 
-    "tpe" is Optuna's tree-structured Parzen estimator, which draws the first ten trials at random; "random" draws all.
+    "tpe" is Optuna's tree-structured Parzen estimator, which draws the first ten trials at random; "nsga2" recombines
+    the best of the generation before, 16 trials each; "random" draws all.
     """
     from optuna import create_study
-    from optuna.samplers import RandomSampler, TPESampler
+    from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 
     own = (seed * 1_000_003 + number) % 2**32
-    sampler = RandomSampler(seed=own) if kind == "random" else TPESampler(seed=own, constant_liar=True)
-    study = told(space, records, create_study(sampler=sampler, direction=f"{space.mode}imize"))
+    if kind == "nsga2":
+        sampler = NSGAIISampler(population_size=POPULATION, seed=own)
+    else:
+        sampler = RandomSampler(seed=own) if kind == "random" else TPESampler(seed=own, constant_liar=True)
+    study = told(space, records, create_study(sampler=sampler, directions=directions(space)))
     return study.ask({path: domain.distribution() for path, domain in space.varies.items()}).params
 
 
+def directions(space: Space) -> list[str]:
+    """Each objective's direction, as Optuna names them."""
+    return [f"{mode}imize" for mode in (space.mode, *space.others.values())]
+
+
 def told(space: Space, records: list[TrialRecord], study: "Study") -> "Study":
-    """The study with all records in it: finished, pruned by the scheduler, failed, and running ones."""
+    """The study with all records of the search in it: finished, pruned by the scheduler, failed, and running ones.
+
+    Optuna knows no pruned trials where there are several objectives: there a stopped one counts with what it showed
+    last, which the scheduler found beaten.
+    """
     from optuna.trial import TrialState, create_trial
 
     states = {
@@ -167,41 +198,98 @@ def told(space: Space, records: list[TrialRecord], study: "Study") -> "Study":
         "failed": TrialState.FAIL,
     }
     distributions = {path: domain.distribution() for path, domain in space.varies.items()}
-    for record in sorted(records, key=lambda record: record.number):
+    drawn = sorted((record for record in records if record.group is None), key=lambda record: record.number)
+    for place, record in enumerate(drawn):
+        state = states[record.state]
+        if space.others and state == TrialState.PRUNED:
+            state = TrialState.COMPLETE
+        last = record.last
+        values = [last["objective"], *(last[name] for name in space.others)] if state == TrialState.COMPLETE else None
         study.add_trial(
             create_trial(
-                state=states[record.state],
+                state=state,
                 params=record.values,
                 distributions=distributions,
-                value=record.last["objective"] if record.state == "finished" else None,
-                intermediate_values={step: report["objective"] for step, report in record.curve.items()},
+                values=values,
+                intermediate_values={}
+                if space.others
+                else {step: report["objective"] for step, report in record.curve.items()},
+                system_attrs={"NSGAIISampler:generation": place // POPULATION},
             )
         )
     return study
 
 
 def scheduler(space: Space, records: list[TrialRecord], steps: int) -> TrialScheduler:
-    """Asynchronous successive halving over steps, which knows what closed trials reported at its rungs."""
+    """Asynchronous successive halving over steps, which knows what closed trials reported at its rungs.
+
+    With several objectives it goes by non-dominated sorting. Baselines are not stopped.
+    """
     if space.reduction is None or steps < space.reduction**2:
         return FIFOScheduler()
-    halving = AsyncHyperBandScheduler(
-        time_attr="step",
-        metric="objective",
-        mode=space.mode,
-        max_t=steps + 1,  # a trial ends by itself, with its last checkpoint written
-        grace_period=steps // space.reduction**2,
-        reduction_factor=space.reduction,
-    )
+    grace = steps // space.reduction**2
+    if space.others or space.baselines:
+        halving = ParetoHalving(space, grace=grace, steps=steps)
+    else:
+        halving = AsyncHyperBandScheduler(
+            time_attr="step",
+            metric="objective",
+            mode=space.mode,
+            max_t=steps + 1,  # a trial ends by itself, with its last checkpoint written
+            grace_period=grace,
+            reduction_factor=space.reduction,
+        )
     for record in records:
         if record.state in ("finished", "stopped"):
-            replayed = _Replayed(trial_id=f"replayed-{record.number}")
+            replayed = _Replayed(trial_id=f"replayed-{record.number}", config={"group": record.group})
             halving.on_trial_add(None, replayed)
             for step, report in sorted(record.curve.items()):
-                halving.on_trial_result(None, replayed, {"step": step, "objective": report["objective"]})
+                halving.on_trial_result(None, replayed, {"step": step} | report)
     return halving
+
+
+class ParetoHalving(FIFOScheduler):
+    """Asynchronous successive halving by non-dominated sorting.
+
+    At each rung, the first report at or after its step counts; a trial that is not among the best 1 / `reduction` of
+    those that came to the rung so far, by front rank and then by crowding, stops. The first few go on.
+    Source: Schmucker, Donini, Zafar, Salinas, Archambeau, "Multi-objective asynchronous successive halving", 2021.
+    """
+
+    def __init__(self, space: Space, *, grace: int, steps: int) -> None:
+        super().__init__()
+        assert space.reduction is not None
+        self._space, self._reduction = space, space.reduction
+        self._rungs: dict[int, dict[str, tuple[float, ...]]] = {}
+        rung = grace
+        while rung < steps:
+            self._rungs[rung] = {}
+            rung *= space.reduction
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "objective" not in result or not _searched(trial):
+            return TrialScheduler.CONTINUE
+        decision = TrialScheduler.CONTINUE
+        for rung, seen in self._rungs.items():
+            if result["step"] >= rung and trial.trial_id not in seen:
+                seen[trial.trial_id] = costs(self._space, result)
+                decision = TrialScheduler.CONTINUE if self._is_good(seen, trial.trial_id) else TrialScheduler.STOP
+        return decision
+
+    def _is_good(self, seen: Mapping[str, tuple[float, ...]], own: str) -> bool:
+        names, points = list(seen), list(seen.values())
+        order = np.lexsort((-crowding(points), front_ranks(points)))
+        place = [names[i] for i in order].index(own)
+        return place < max(1, len(names) / self._reduction) or len(names) < self._reduction
+
+
+def _searched(trial: Any) -> bool:
+    """Whether a trial of Ray Tune was drawn by the search, and is none of the space's baselines."""
+    return not getattr(trial, "config", {}).get("group")
 
 
 class _Replayed(BaseModel):
     """As much of a Ray Tune trial as the scheduler looks at."""
 
     trial_id: str
+    config: dict[str, Any] = {}

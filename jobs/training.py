@@ -91,6 +91,10 @@ class TrainingJob(Job, frozen=True, extra="forbid"):
     champion: bool = False
     """Let @champion mean the new version; the first version of a model gets it anyway."""
 
+    def prepared(self) -> "TrainingJob | None":
+        """The job once what it rests on is there, such as weights to start from; None when making that was stopped."""
+        return self
+
     def run(self) -> Report:
         """Train, write the artifact, register it. Raises PrismError; the last checkpoint stays in every case."""
         from jobs.launch import launch

@@ -122,14 +122,17 @@ def _train_with_workers(job: "TrainingJob", folder: str, collector: _Collector) 
 
 
 def scored(space: Space, evaluation: Evaluation, reference: Mapping[int, float]) -> dict[str, float] | None:
-    """What a trial reports to the search: step, metric, limited metric, excess, objective. None without the metric.
+    """What a trial reports to the search: step, metric, others, limited metric, excess, objective; None if one lacks.
 
     `reference` is the limited metric of the reference run by step; between its steps the one before counts.
     """
     value = evaluation.metrics.get(space.metric, math.nan)
     if math.isnan(value):
         return None
-    report = {"step": evaluation.step, space.metric: value}
+    others = {name: evaluation.metrics.get(name, math.nan) for name in space.others}
+    if any(map(math.isnan, others.values())):
+        return None
+    report = {"step": evaluation.step, space.metric: value} | others
     excess = 0.0
     if space.limit is not None:
         limited = evaluation.metrics.get(space.limit.metric, math.nan)

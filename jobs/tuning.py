@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, create_
 from cluster import connect, registry, storage
 from jobs import job_class
 from jobs.job import Job
+from jobs.pareto import kept_of_front
 from jobs.report import Report
 from jobs.training import TrainingJob
 from jobs.workers import check_room
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 RECORD = "search.json"
 REFERENCE = "reference.json"
+PREPARED = "prepared.json"
 BEST = "best.json"
 
 
@@ -50,6 +52,7 @@ class SearchEntry(NamedTuple):
 
 SPACES: dict[str, SearchEntry] = {
     "send": SearchEntry("tune_spaces.send", "send"),
+    "hawq": SearchEntry("tune_spaces.hawq", "hawq"),
 }
 
 
@@ -67,7 +70,7 @@ class TuneJob(Job, frozen=True, extra="forbid"):
     concurrent: PositiveInt | None = None
     """Most trials at a time; None is as many as the cluster has room for."""
     searcher: Searcher | None = None
-    """tpe (learns from finished trials) or random; None is the space's."""
+    """tpe (learns from finished trials), nsga2 (evolves generations of 16) or random; None is the space's."""
     seed: NonNegativeInt = 0
     """Seed of what is tried. Trials themselves have the seed of the recipe."""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -137,11 +140,28 @@ class TuneJob(Job, frozen=True, extra="forbid"):
         connect()
         check_room(self.base)
         space = SPACES[self.space].of(self.base)
-        reference = _reference(space, self.base, folder)
+        base = self._prepared(folder)
+        ready = self.model_copy(update={"base": base})
+        reference = _reference(space, base, folder)
         journal = Journal(folder)
-        samples = self.samples or space.samples
-        interrupted = self._tune(space, journal, reference, samples)
-        return self._report(space, journal, folder, interrupted)
+        interrupted = ready._tune(space, journal, reference, self.samples or space.samples)
+        return ready._report(space, journal, folder, interrupted)
+
+    def _prepared(self, folder: str) -> TrainingJob:
+        """The base job once what it rests on is there; made once in a search."""
+        file = storage.join(folder, PREPARED)
+        if storage.exists(file):
+            content = json.loads(storage.read_bytes(file))
+            return type(self.base).model_validate({key: value for key, value in content.items() if key != "job"})
+        made = self.base.prepared()
+        if made is None:
+            raise PrismError(f"stopped before any trial; go on with: {self._resume(folder)}")
+        storage.write_bytes(file, json.dumps(made.record(), indent=1).encode())
+        return made
+
+    def _resume(self, folder: str) -> str:
+        place = f" --storage {self.storage}" if self.storage else ""
+        return f"prism tune {self.space} --resume {os.path.basename(folder.split('?')[0])}{place}"
 
     def _tune(self, space: Space, journal: "Journal", reference: Mapping[int, float], samples: int) -> bool:
         """Run what is missing of the trials; whether it was interrupted."""
@@ -150,8 +170,10 @@ class TuneJob(Job, frozen=True, extra="forbid"):
 
         from jobs.search import JournalSearcher, scheduler, trial_folder
 
+        drawn = sum(record.group is None for record in journal.records)
+        baselines = sum(map(len, space.baselines.values())) - (len(journal.records) - drawn)
         missing = sum(record.state == "running" for record in journal.records)
-        missing += max(0, samples - len(journal.records))
+        missing += baselines + max(0, samples - drawn)
         if not missing:
             return False
         base, steps = self.base, self.base.recipe.steps
@@ -204,6 +226,8 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             figures={"trials": search_report.figure(space, journal.records)},
             folder=folder,
         )
+        if space.others:
+            report.figures["front"] = search_report.front_figure(space, journal.records)
         importance = search_report.importance(space, journal.records)
         if importance is not None:
             report.tables["importance"] = importance
@@ -212,26 +236,32 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             state: float(states.count(state)) for state in ("finished", "stopped", "failed")
         }
         if interrupted:
-            place = f" --storage {self.storage}" if self.storage else ""
-            name = os.path.basename(folder.split("?")[0])
-            report.notes.append(f"interrupted; go on with: prism tune {self.space} --resume {name}{place}")
+            report.notes.append(f"interrupted; go on with: {self._resume(folder)}")
             return report
         best = best_trial(space, journal.records)
         if best is None:
             fault = next((record.fault for record in journal.records if record.fault), "all were stopped")
             raise PrismError(f"no trial of {folder} reached its end: {fault}")
+        if space.others:
+            report.metrics |= search_report.front_metrics(space, journal.records)
+            for other in kept_of_front(space, journal.records)[1:]:
+                self._keep(space, other, trial_folder(journal.root, other.number), folder, report, first=False)
         self._keep(space, best, trial_folder(journal.root, best.number), folder, report)
         return report
 
-    def _keep(self, space: Space, best: "TrialRecord", place: str, folder: str, report: Report) -> None:
-        """Write down the best trial's job, and register its artifact."""
+    def _keep(
+        self, space: Space, best: "TrialRecord", place: str, folder: str, report: Report, *, first: bool = True
+    ) -> None:
+        """Write down a trial's job, and register its artifact; `first` is that of the best one."""
         from jobs.launch import Tracking, keep_result
         from jobs.trial import changed
 
         job = changed(self.base, best.values)
-        storage.write_bytes(storage.join(folder, BEST), json.dumps(job.record(), indent=1).encode())
-        report.metrics |= {"best_trial": float(best.number)} | {f"best_{k}": v for k, v in best.last.items()}
-        report.notes.append(f"the best trial's settings: prism run {job.job} --config {storage.join(folder, BEST)}")
+        file = storage.join(folder, BEST if first else f"front-{best.number:05d}.json")
+        storage.write_bytes(file, json.dumps(job.record(), indent=1).encode())
+        report.notes.append(f"settings of trial {best.number}: prism run {job.job} --config {file}")
+        if first:
+            report.metrics |= {"best_trial": float(best.number)} | {f"best_{k}": v for k, v in best.last.items()}
         if best.last["excess"] > 0 and space.limit is not None:
             report.notes.append(
                 f"no trial kept {space.limit.metric} within {space.limit.slack:.0%} of the reference; "
@@ -258,8 +288,13 @@ def tune_job(name: str) -> type[TuneJob]:
 
 
 def best_trial(space: Space, records: list["TrialRecord"]) -> "TrialRecord | None":
-    """The finished trial with the best metric among the feasible ones; where none is, that with the best objective."""
-    finished = [record for record in records if record.state == "finished" and record.curve]
+    """The finished trial with the best metric among the feasible ones; where none is, that with the best objective.
+
+    With several objectives it is the first of `kept_of_front`.
+    """
+    if space.others:
+        return next(iter(kept_of_front(space, records)), None)
+    finished = [record for record in records if record.state == "finished" and record.curve and record.group is None]
     sign = 1 if space.mode == "min" else -1
     return min(
         finished,
@@ -274,6 +309,9 @@ def _check_paths(space: Space, base: TrainingJob) -> None:
 
     examples = {path: domain.example for path, domain in space.varies.items()}
     changed(base, examples | dict(space.limit.reference if space.limit else {}))
+    for settings in space.baselines.values():
+        for values in settings:
+            changed(base, values)
 
 
 def _reference(space: Space, base: TrainingJob, folder: str) -> dict[int, float]:

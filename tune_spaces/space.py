@@ -1,8 +1,8 @@
 """Space: what a search varies over a training job's fields, what is best, and what must hold meanwhile."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import InputError
@@ -10,7 +10,7 @@ from library.errors import InputError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Searcher = Literal["tpe", "random"]
+Searcher = Literal["tpe", "nsga2", "random"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ class Space:
     ninth and at one third of the steps (for 3) a trial outside the best third of those that came so far stops; None
     lets every trial run to its end.
 
+    `others` are further metrics that are traded against the first, each to be least or greatest ("min", "max"): the
+    search then looks for the trials that no other one beats in all of them. `baselines` are settings, by the name of
+    their group, that run to their end beside the search, to be compared with it.
+
     >>> space = Space("toy", {"recipe.lr": Real(1e-4, 1e-1, log=True)}, metric="validation_loss")
     >>> space.objective(2.5)
     2.5
@@ -129,6 +133,8 @@ class Space:
     samples: int = 16
     searcher: Searcher = "tpe"
     reduction: int | None = 3
+    others: Mapping[str, Literal["min", "max"]] = field(default_factory=dict)
+    baselines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def objective(self, value: float, excess: float = 0.0) -> float:
         """What searcher and scheduler compare, in the direction of `mode`: the metric, worsened by the penalty."""

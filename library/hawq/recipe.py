@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -62,7 +62,7 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
     """Folder where sensitivities are kept and found again by content; None measures anew in each process."""
 
     bits: tuple[int, ...] = BITS
-    """What a layer's weights may have."""
+    """What a layer's weights may have; also as a text of numbers with spaces."""
     budget: BudgetKind = "size"
     """What is limited: model size, bit operations, or the latency of `latency_table`."""
     fraction: float = Field(0.375, gt=0, le=1)
@@ -110,6 +110,11 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
     """Groups in which layers are quantised, those of the largest Omega first; 1 quantises all from the start."""
     staged_fraction: float = Field(0.5, gt=0, lt=1)
     """Share of the steps by which the last group is quantised."""
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return value.split() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -47,7 +47,7 @@ def content_key(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 def save_sensitivity(found: Sensitivity, path: str | Path) -> None:
     """Write a sensitivity as an artifact, whole or not at all."""
-    tensors = {name: value for name in TENSORS if isinstance(value := getattr(found, name), Tensor)}
+    tensors = {name: value.clone() for name in TENSORS if isinstance(value := getattr(found, name), Tensor)}
     plain = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in (*TENSORS, "layers")}
     plain |= {"layers": {f.name: getattr(found.layers, f.name) for f in fields(found.layers)}}
     write_artifact(path, kind=KIND, recipe=json.loads(json.dumps(plain)), weights=tensors, metrics={}, data="")

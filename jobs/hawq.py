@@ -1,0 +1,165 @@
+"""HAWQ-V2 on Ray: train a classifier, measure its layers' curvature in parallel, choose bits, fine-tune, pack."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cluster import connect, registry, storage
+from jobs.report import Report
+from jobs.training import TrainingJob
+from library.hawq.recipe import HawqRecipe
+from library.images.recipe import ClassifierRecipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from library.hawq.analysis import Sensitivity
+    from library.hawq.plan import BitPlan
+
+
+class ClassifierJob(TrainingJob, frozen=True, extra="forbid"):
+    """Train the image classifier that HAWQ-V2 quantises; the same settings on a laptop and on a cluster."""
+
+    job: ClassVar[str] = "hawq-classifier"
+
+    recipe: ClassifierRecipe = ClassifierRecipe()
+    """What is trained, and how."""
+
+
+class HawqJob(TrainingJob, frozen=True, extra="forbid"):
+    """Choose every layer's bits by HAWQ-V2 and fine-tune the quantised network.
+
+    Without `weights` the classifier is trained first, with the same workers. Its curvature is measured by one Ray
+    task per batch and round of probes, and kept in PRISM_HOME/hawq, where later runs find it by content.
+    """
+
+    job: ClassVar[str] = "hawq"
+
+    recipe: HawqRecipe = HawqRecipe()
+    """What is quantised, how bits are chosen, and how the result is fine-tuned."""
+
+    def run(self) -> Report:
+        """Train the classifier if there is none, choose the bits, fine-tune, pack, and register the artifact.
+
+        The report shows the bits and the frontier. Raises PrismError; the last checkpoint stays in every case.
+        """
+        from jobs.launch import launch
+
+        connect()
+        job = self.prepared()
+        if job is None:
+            return Report(job=self.job, config=self.record(), notes=["stopped while the classifier was trained"])
+        found, plan = _chosen(job.recipe)
+        report = launch(job)
+        if found is not None:
+            report.tables["bits"] = bits_table(found, plan)
+            report.figures["frontier"] = frontier_figure(job.recipe, found, plan)
+            report.notes += list(found.notes)
+        if report.folder is not None and storage.is_local(report.folder):
+            report.save(storage.local_path(report.folder))
+        return report
+
+    def prepared(self) -> "HawqJob | None":
+        """The job with weights that exist and a sensitivity that is known; None when training them was stopped."""
+        recipe = self.recipe
+        changes: dict[str, Any] = {"cache": recipe.cache or str(registry.home() / "hawq")}
+        if recipe.weights is None:
+            trained = self._classifier().run()
+            if trained.artifact is None:
+                return None
+            changes["weights"] = trained.artifact
+        elif not storage.is_local(recipe.weights) or recipe.weights.startswith("models:"):
+            changes["weights"] = str(registry.resolve(recipe.weights, kind=ClassifierRecipe.kind))
+        recipe = recipe.model_copy(update=changes)
+        if not recipe.chosen or recipe.stages > 1:
+            recipe.sensitivity(_forms_on_cluster(recipe))
+        return self.model_copy(update={"recipe": recipe})
+
+    def _classifier(self) -> ClassifierJob:
+        """The training of the classifier, with what this job takes of the cluster."""
+        shared = ("scaling", "engine", "precision", "storage", "max_failures", "checkpoint_every")
+        return ClassifierJob(recipe=self.recipe.classifier, **{name: getattr(self, name) for name in shared})
+
+
+def _chosen(recipe: HawqRecipe) -> "tuple[Sensitivity | None, BitPlan]":
+    plan = recipe.plan()
+    return (None if recipe.chosen else recipe.sensitivity()), plan
+
+
+def _forms_on_cluster(recipe: HawqRecipe) -> Any:
+    """A function that measures a round of probes with one Ray task per batch; None for metrics without probes."""
+    import ray
+
+    from library.hawq.analysis import TRACES
+
+    if recipe.curvature not in TRACES:
+        return None
+    network = ray.put(recipe.network())
+    batches = [ray.put(batch) for batch in recipe.measurement()]
+    task = ray.remote(num_cpus=1, max_retries=2)(_forms)
+
+    def measure(start: int, count: int) -> Any:
+        import torch
+
+        found = [task.remote(network, batch, recipe.curvature, recipe.seed, start, count) for batch in batches]
+        return torch.stack([torch.from_numpy(forms) for forms in ray.get(found)])
+
+    return measure
+
+
+def _forms(network: Any, batch: Any, curvature: Any, seed: int, start: int, count: int) -> Any:
+    """The quadratic forms of one batch, as an array."""
+    import torch.nn.functional as F
+
+    from library.hawq.curvature import quadratic_forms
+    from library.hawq.layers import quantizable_layers
+
+    weights = [f"{name}.weight" for name in quantizable_layers(network)]
+    options = {"curvature": curvature, "seed": seed, "start": start, "count": count}
+    return quadratic_forms(network, F.cross_entropy, batch, weights, **options).cpu().numpy()
+
+
+def bits_table(found: "Sensitivity", plan: "BitPlan") -> "pd.DataFrame":
+    """One row per layer: weights, multiply-accumulates, curvature with its errors, bits, and its part of Omega."""
+    import pandas as pd
+
+    bits = [choice.weight for choice in plan.choices]
+    return pd.DataFrame(
+        {
+            "layer": plan.layers.names,
+            "weights": plan.layers.n_params,
+            "macs": plan.layers.macs,
+            found.metric: found.curvature.tolist(),
+            "probe_error": found.probe_error.tolist(),
+            "data_error": found.data_error.tolist(),
+            "bits": bits,
+            "omega": [float(found.omega[i, found.bits.index(b)]) for i, b in enumerate(bits)],
+        }
+    )
+
+
+def frontier_figure(recipe: HawqRecipe, found: "Sensitivity", plan: "BitPlan") -> "Figure":
+    """The exact frontier of Omega against cost, with the chosen setting and equal bits everywhere."""
+    from matplotlib.figure import Figure
+
+    from library.hawq.costs import BitChoice
+    from library.hawq.plan import explicit_plan, frontier
+
+    activation = recipe.activation_bits or 32
+    choices = [BitChoice(b, activation) for b in recipe.bits]
+    budget = recipe.limit()
+    front = frontier(found, budget, choices=choices)
+    drawn = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = drawn.subplots()
+    axis.step(
+        front.frontier.cost / front.most, front.frontier.omega, where="post", color="#D55E00", label="exact frontier"
+    )
+    uniform = [explicit_plan(found, [b] * len(found.layers.names), activation=activation) for b in recipe.bits]
+    costs = budget.costs(found.layers, choices).sum(0) / front.most
+    axis.scatter(costs, [each.omega for each in uniform], color="#56B4E9", zorder=3, label="equal bits")
+    axis.scatter(
+        [plan.selection.cost / front.most], [plan.omega], marker="*", s=120, color="black", zorder=4, label="chosen"
+    )
+    axis.set(yscale="log", xlabel=f"{budget.kind}, share of the most bits", ylabel="Omega")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    return drawn

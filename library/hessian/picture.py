@@ -44,7 +44,9 @@ def draw_spectrum(axis: "Axes", spectrum: Quadrature, size: int, largest: float,
     found = smoothed_density(moved, points, 0.08 if spectrum.exact else 0.16)
     centre, spread = size * found.value, 2 * size * found.standard_error.nan_to_num()
     floor = 0.1
-    axis.fill_between(points, (centre - spread).clamp(min=floor), centre + spread, color=BULK, alpha=0.25, lw=0)
+    axis.fill_between(
+        points, (centre - spread).clamp(min=floor), (centre + spread).clamp(min=floor), color=BULK, alpha=0.25, lw=0
+    )
     axis.plot(points, centre.clamp(min=floor), color=BULK, lw=1.5)
     top = spectrum.nodes.amax(-2).sort(descending=True).values[:outliers].double().cpu()
     places = torch.asinh(top / unit)

@@ -1,0 +1,137 @@
+"""The Hessian of a trained artifact's loss, data-parallel over Ray Train workers."""
+
+import os
+import tempfile
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt
+
+from cluster import registry
+from jobs import JOBS, job_class
+from jobs.board import Board
+from jobs.training import TrainingJob
+from jobs.workers import stand_in
+from library import collective
+from library.artifact import Artifact, open_artifact
+from library.errors import InputError, PrismError
+from library.hessian.recipes import analyze_recipe, curvature_batches
+from library.hessian.report import HessianReport
+from library.recipe import Recipe, seeded_model
+from library.weights import load_tensors
+
+
+class Analysis(BaseModel, frozen=True, extra="forbid"):
+    """What is taken of an artifact's loss."""
+
+    part: Literal["train", "validation", "test"] = "train"
+    """The data that the loss is over."""
+    samples: PositiveInt = 256
+    """Samples of it, the first ones."""
+    batch_size: PositiveInt = 32
+    """Samples in one forward pass."""
+    top: PositiveInt = 10
+    """Largest eigenvalues with their residuals."""
+    steps: PositiveInt = 48
+    """Lanczos steps of each probe of the density."""
+    probes: PositiveInt = 6
+    """Random vectors behind the density, the trace and the layers' traces."""
+    exact_below: NonNegativeInt = 1500
+    """Up to this many parameters all eigenvalues are computed."""
+    tolerance: PositiveFloat = 1e-3
+    """Residual at which an eigenvalue has converged, as a share of the largest."""
+    double: bool = False
+    """Compute in float64."""
+
+
+def recipe_of(artifact: Artifact) -> Recipe:
+    """The recipe that made an artifact, through the training job of its kind. Raises InputError when there is none."""
+    kinds = {}
+    for name in JOBS:
+        job = job_class(name)
+        if issubclass(job, TrainingJob):
+            recipe = job.model_fields["recipe"].annotation
+            kinds[recipe.kind] = recipe
+    if artifact.kind not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise InputError(f"an artifact of {artifact.kind!r} was not trained by a recipe; those of {known} are")
+    return kinds[artifact.kind].model_validate(artifact.recipe)
+
+
+def analyse_artifact(
+    name: str, settings: Analysis, *, seed: int, workers: int, cpus: float, gpu: bool
+) -> HessianReport:
+    """The report of an artifact (a folder or models:/NAME/VERSION), without eigenvectors.
+
+    Every worker holds the model and its share of the samples; products are summed over them, so that the number of
+    workers changes the time and not the result. Raises ArtifactError and InputError that say what does not fit.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    recipe_of(open_artifact(registry.resolve(name)))
+    if workers > settings.samples:
+        raise InputError(f"{settings.samples} samples cannot be shared by {workers} workers; use fewer workers")
+    room = int(ray.cluster_resources().get("CPU", 0) // cpus)
+    if workers > room:
+        raise InputError(f"{workers} workers of {cpus:g} CPU do not fit: there is room for {room}")
+    board = ray.remote(num_cpus=0)(Board).remote()
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    with tempfile.TemporaryDirectory(prefix="prism-hessian-") as folder:
+        TorchTrainer(
+            _worker,
+            train_loop_config={
+                "name": name,
+                "settings": settings,
+                "seed": seed,
+                "board": board,
+                "cwd": os.getcwd(),
+            },
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
+            run_config=RunConfig(name="analysis", storage_path=folder),
+        ).fit()
+    events = ray.get(board.take.remote())
+    ray.kill(board)
+    if not events:
+        raise PrismError("the workers ended without a result; see Ray's logs")
+    if "refusal" in events[-1]:
+        raise InputError(events[-1]["refusal"])
+    return events[-1]["report"]
+
+
+def analyse_here(name: str, settings: Analysis, *, seed: int, device: Any = "cpu") -> HessianReport:
+    """This worker's part of the analysis; the same report on every worker."""
+    artifact = open_artifact(registry.resolve(name))
+    recipe = recipe_of(artifact)
+    splits = recipe.datasets()
+    model = seeded_model(recipe)
+    load_tensors(model, artifact.weights(), source=str(artifact.path))
+    model = model.to(device).double() if settings.double else model.to(device)
+    batches = curvature_batches(splits, getattr(splits, settings.part), settings.samples, settings.batch_size)
+    options = settings.model_dump(include={"top", "steps", "probes", "exact_below", "tolerance"})
+    return analyze_recipe(recipe, model, batches, seed=seed, **options)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray
+    from ray.train.torch import get_device
+
+    stand_in(config["cwd"])
+    try:
+        report = analyse_here(config["name"], config["settings"], seed=config["seed"], device=get_device())
+        event: dict[str, Any] = {"report": _without_vectors(report)}
+    except PrismError as error:
+        event = {"refusal": str(error)}
+    if collective.rank() == 0:
+        ray.get(config["board"].post.remote([event]))
+
+
+def _without_vectors(report: HessianReport) -> HessianReport:
+    """Eigenvectors are as long as the model; what is shown needs none."""
+    pairs = {
+        name: replace(found, vectors=found.vectors[:0].cpu())
+        for name in ("top", "bottom")
+        if (found := getattr(report, name)) is not None
+    }
+    return replace(report, **pairs)

@@ -1,6 +1,6 @@
 """HAWQ-V2 on Ray: train a classifier, measure its layers' curvature in parallel, choose bits, fine-tune, pack."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cluster import connect, registry, storage
 from jobs.report import Report
@@ -36,6 +36,8 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
 
     recipe: HawqRecipe = HawqRecipe()
     """What is quantised, how bits are chosen, and how the result is fine-tuned."""
+    model: Literal["resnet18-published", "resnet50-published"] | None = None
+    """Only choose bits, from the published ImageNet measurements of that network, at three sizes of each budget."""
 
     def run(self) -> Report:
         """Train the classifier if there is none, choose the bits, fine-tune, pack, and register the artifact.
@@ -44,6 +46,8 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
         """
         from jobs.launch import launch
 
+        if self.model is not None:
+            return self._published()
         connect()
         job = self.prepared()
         if job is None:
@@ -73,6 +77,31 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
         if not recipe.chosen or recipe.stages > 1:
             recipe.sensitivity(_forms_on_cluster(recipe))
         return self.model_copy(update={"recipe": recipe})
+
+    def _published(self) -> Report:
+        """The exact choices from published measurements, beside the published ones."""
+        import pandas as pd
+
+        from library.hawq.published import FRACTIONS, published_choice
+
+        network = self.model.removesuffix("-published")
+        rows, notes = [], []
+        for kind in ("size", "bops", "latency"):
+            for fraction in FRACTIONS:
+                found = published_choice(network, kind, fraction)
+                apart = [i for i, (a, b) in enumerate(zip(found.bits, found.published_bits, strict=True)) if a != b]
+                row = {"budget": kind, "fraction": fraction, "omega": found.omega, "cost": found.cost}
+                row |= {"limit": found.limit, "lower_bound": found.lower_bound, "published": found.published_omega}
+                rows.append(row | {"bits": " ".join(map(str, found.bits))})
+                if apart:
+                    notes.append(
+                        f"{kind} {fraction:g}: the published bits differ in layer {', '.join(map(str, apart))}, and "
+                        f"their Omega is {found.published_omega:.4f}; the best within that limit is {found.omega:.4f}"
+                    )
+        table = pd.DataFrame(rows)
+        same = float((table["omega"] == table["published"]).sum())
+        metrics = {"settings": float(len(rows)), "equal_to_published": same}
+        return Report(self.job, self.record(), metrics=metrics, tables={"choices": table}, notes=notes)
 
     def _classifier(self) -> ClassifierJob:
         """The training of the classifier, with what this job takes of the cluster."""

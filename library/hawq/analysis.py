@@ -153,7 +153,7 @@ def sensitivity(
         layers=table,
         bits=tuple(bits),
         perturbation=perturbation,
-        omega=_positive(found["curvature"])[:, None] * perturbation if omega is None else omega.clamp(min=0),
+        omega=positive_curvature(found["curvature"])[:, None] * perturbation if omega is None else omega.clamp(min=0),
         notes=notes,
         **found,
     )
@@ -236,12 +236,12 @@ def _decision(
     limit = budget.limit(table, choices)
 
     def decide(trace: Tensor) -> np.ndarray:
-        return frontier((_positive(trace)[:, None] * perturbation).numpy(), cost).choose(limit).choice
+        return frontier((positive_curvature(trace)[:, None] * perturbation).numpy(), cost).choose(limit).choice
 
     return decide
 
 
-def _positive(curvature: Tensor) -> Tensor:
+def positive_curvature(curvature: Tensor) -> Tensor:
     """The curvature, with a tiny share of the largest for what is not positive; all ones when nothing is."""
     largest = float(curvature.max())
     return curvature.clamp(min=LEAST * largest) if largest > 0 else torch.ones_like(curvature)

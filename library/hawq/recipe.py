@@ -25,7 +25,7 @@ from library.hawq.network import all_active, quantize, quantized_layers, set_act
 from library.hawq.packing import LAYOUT, layout_text, packed_state, stated_bytes
 from library.hawq.plan import BitPlan, Budget, BudgetKind, frontier
 from library.hawq.quantizers import WeightQuantizer
-from library.hawq.store import cached, content_key, tempered
+from library.hawq.store import MEASURED, as_tensors, cached, content_key, tempered
 from library.images.data import ImageBatch, load_images, stacked
 from library.images.recipe import ClassifierRecipe, accuracy, load_classifier
 from library.recipe import Recipe, Splits, unwrap
@@ -267,7 +267,11 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
         labels = torch.cat([batch.labels for batch in batches])
         found = fit_temperature(logits, labels)
         task = {"shape": data.shape, "mean": data.mean, "std": data.std, "classes": data.classes} | found
-        return {}, {LAYOUT: layout_text(model), TASK: json.dumps(task, indent=1)}
+        texts = {LAYOUT: layout_text(model), TASK: json.dumps(task, indent=1)}
+        if self.chosen:
+            return {}, texts
+        arrays, texts[MEASURED] = as_tensors(self.sensitivity())
+        return arrays, texts
 
     def _measure(
         self, network: nn.Module, batches: list[ImageBatch], forms: Any, **options: Any

@@ -17,6 +17,7 @@ from library.hawq.layers import LayerTable
 from library.weights import state_tensors
 
 KIND = "hawq-sensitivity"
+MEASURED = "sensitivity.json"  # in an artifact of a quantised network: what its bits were chosen from
 TENSORS = ("curvature", "probe_error", "data_error", "perturbation", "omega", "activation_trace", "activation_omega")
 
 
@@ -47,22 +48,32 @@ def content_key(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 def save_sensitivity(found: Sensitivity, path: str | Path) -> None:
     """Write a sensitivity as an artifact, whole or not at all."""
-    tensors = {name: value.clone() for name in TENSORS if isinstance(value := getattr(found, name), Tensor)}
-    plain = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in (*TENSORS, "layers")}
-    plain |= {"layers": {f.name: getattr(found.layers, f.name) for f in fields(found.layers)}}
-    write_artifact(path, kind=KIND, recipe=json.loads(json.dumps(plain)), weights=tensors, metrics={}, data="")
+    tensors, text = as_tensors(found)
+    write_artifact(path, kind=KIND, recipe=json.loads(text), weights=tensors, metrics={}, data="")
 
 
 def load_sensitivity(path: str | Path) -> Sensitivity:
     """Read what `save_sensitivity` wrote. Raises ArtifactError when it is missing, damaged or another thing."""
     artifact = open_artifact(path, kind=KIND)
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in artifact.recipe.items()}
-    tensors = dict.fromkeys(TENSORS) | artifact.weights()
-    table = {name: tuple(value) for name, value in plain.pop("layers").items()}
+    return from_tensors(artifact.weights(), artifact.recipe, source=str(path))
+
+
+def as_tensors(found: Sensitivity) -> tuple[dict[str, Tensor], str]:
+    """A sensitivity as named tensors, and the rest of it as JSON."""
+    tensors = {name: value.clone() for name in TENSORS if isinstance(value := getattr(found, name), Tensor)}
+    plain = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in (*TENSORS, "layers")}
+    plain |= {"layers": {f.name: getattr(found.layers, f.name) for f in fields(found.layers)}}
+    return tensors, json.dumps(plain, indent=1)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], *, source: str) -> Sensitivity:
+    """What `as_tensors` took apart. Raises ArtifactError when the parts do not fit."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
     try:
-        return Sensitivity(**plain, **tensors, layers=LayerTable(**table))
-    except TypeError as error:
-        raise ArtifactError(f"{path} is no sensitivity of this version: {error}") from error
+        table = {name: tuple(value) for name, value in values.pop("layers").items()}
+        return Sensitivity(**values, **(dict.fromkeys(TENSORS) | dict(tensors)), layers=LayerTable(**table))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{source} holds no sensitivity of this version: {error}") from error
 
 
 def tempered(found: Sensitivity, power: float) -> Sensitivity:

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from library.artifact import Artifact
 from library.errors import ArtifactError, InputError
+from library.hawq.analysis import Sensitivity
 from library.hawq.costs import BitChoice
 from library.hawq.layers import fold_batch_norm
 from library.hawq.network import converted
 from library.hawq.packing import LAYOUT, load_packed
 from library.hawq.recipe import TASK, HawqRecipe
+from library.hawq.store import MEASURED, from_tensors
 from library.images.networks import image_network
 
 
@@ -43,6 +45,15 @@ class QuantizedClassifier:
         device = next(self.model.parameters()).device
         scaled = (pixels.float() / 255 - self.mean) / self.std
         return (self.model(scaled.to(device)).float().cpu() / self.temperature).softmax(1)
+
+
+def measured_sensitivity(artifact: Artifact) -> Sensitivity | None:
+    """What the bits of an artifact of kind `hawq` were chosen from; None when they were given. Raises ArtifactError."""
+    if artifact.kind != HawqRecipe.kind:
+        raise ArtifactError(f"{artifact.path} is an artifact of {artifact.kind!r}, not of 'hawq'")
+    if MEASURED not in artifact.manifest.files:
+        return None
+    return from_tensors(artifact.arrays(), json.loads(artifact.text(MEASURED)), source=str(artifact.path))
 
 
 def load_hawq(artifact: Artifact) -> QuantizedClassifier:

@@ -1,0 +1,120 @@
+"""Bits for a network that is given by numbers alone: its traces, sizes and perturbations. No model is needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from library.errors import InputError
+from library.hawq.analysis import CONFIDENCE, RESAMPLES, Sensitivity, positive_curvature
+from library.hawq.costs import BitChoice
+from library.hawq.layers import LayerTable
+from library.hawq.plan import Budget, frontier
+
+SHOWN = 200  # points of a frontier that are handed over
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The best bits within a limit, `lower_bound` <= `omega`, the `frontier` as (cost, omega), and what to beware of.
+
+    `stability` is the share of traces, drawn within their standard errors, that would choose the same bits.
+    """
+
+    bits: tuple[int, ...]
+    omega: float
+    cost: float
+    limit: float
+    lower_bound: float
+    frontier: tuple[tuple[float, float], ...]
+    stability: float | None
+    warnings: tuple[str, ...]
+
+    @property
+    def slack(self) -> float:
+        """What the limit leaves over."""
+        return self.limit - self.cost
+
+
+def described(
+    traces: Sequence[float],
+    n_params: Sequence[int],
+    perturbation: Sequence[Sequence[float]],
+    bits: Sequence[int],
+    *,
+    macs: Sequence[int] | None = None,
+    errors: Sequence[float] | None = None,
+) -> Sensitivity:
+    """A sensitivity from numbers: mean traces Tr(H_i)/n_i, weights n_i, ||Q_b(W_i) - W_i||^2 (layers, bits).
+
+    Layers are named by their number. Raises InputError for lengths that differ, or values that are not finite.
+    """
+    count = len(traces)
+    lengths = {"n_params": n_params, "perturbation": perturbation, "macs": macs, "errors": errors}
+    for name, values in lengths.items():
+        if values is not None and len(values) != count:
+            raise InputError(f"{name}: {len(values)} entries for {count} traces")
+    table = np.array([list(row) if len(row) == len(bits) else [np.nan] for row in perturbation], dtype=object)
+    if table.shape != (count, len(bits)) or count == 0:
+        raise InputError(f"perturbation: {count} rows of {len(bits)} entries are needed, one per bit number")
+    squares = torch.from_numpy(table.astype(np.float64))
+    trace = torch.tensor(list(traces), dtype=torch.float64)
+    if not bool(torch.isfinite(trace).all() and torch.isfinite(squares).all() and (squares >= 0).all()):
+        raise InputError("traces and perturbation must be finite, and perturbation not negative")
+    layers = LayerTable(tuple(map(str, range(count))), tuple(n_params), tuple(macs or [0] * count))
+    error = torch.full_like(trace, float("nan")) if errors is None else torch.tensor(list(errors), dtype=torch.float64)
+    negative = [str(i) for i, value in enumerate(trace.tolist()) if value <= 0]
+    notes = (f"layers {', '.join(negative)}: a trace that is not positive counts as 0",) if negative else ()
+    omega = positive_curvature(trace)[:, None] * squares
+    return Sensitivity("hessian", layers, tuple(bits), trace, error, error * float("nan"), squares, omega, notes=notes)
+
+
+def advise(
+    found: Sensitivity, budget: Budget, *, ties: Sequence[Sequence[int]] = (), activation: int = 8, seed: int = 0
+) -> Advice:
+    """The best bits of a network within a budget, the frontier around them, and how stable the choice is.
+
+    Raises InputError for a budget that cannot be met (with what can), ties that do not fit, or bit operations without
+    multiply-accumulates.
+    """
+    if budget.kind == "bops" and not any(found.layers.macs):
+        raise InputError("macs: bit operations need the multiply-accumulates of each layer")
+    names = found.layers.names
+    wrong = [layer for tie in ties for layer in tie if not 0 <= layer < len(names)]
+    if wrong:
+        raise InputError(f"ties: there is no layer {wrong[0]}; layers are 0 to {len(names) - 1}")
+    options = {"choices": [BitChoice(b, activation) for b in found.bits]}
+    options["ties"] = [[names[layer] for layer in tie] for tie in ties]
+    front = frontier(found, budget, **options)
+    plan = front.plan()
+    stability, warnings = None, list(found.notes)
+    if bool(torch.isfinite(found.probe_error).all()):
+        generator = torch.Generator().manual_seed(seed)
+        same = 0
+        for _ in range(RESAMPLES):
+            noise = torch.randn(len(names), generator=generator, dtype=torch.float64)
+            curvature = positive_curvature(found.curvature + found.probe_error * noise)
+            drawn = replace(found, omega=curvature[:, None] * found.perturbation)
+            same += frontier(drawn, budget, **options).plan().bits == plan.bits
+        stability = same / RESAMPLES
+        if stability < CONFIDENCE:
+            warnings.append(f"only {stability:.0%} of traces within their errors choose these bits; take more probes")
+    heavy = max(found.layers.n_params) / sum(found.layers.n_params)
+    if heavy > 0.5 and min(plan.bits.values()) == 2:
+        warnings.append(
+            f"one layer holds {heavy:.0%} of the weights, and 2 bits were chosen: check the loss before use"
+        )
+    front_points = np.unique(
+        np.linspace(0, len(front.frontier) - 1, min(SHOWN, len(front.frontier))).round().astype(int)
+    )
+    return Advice(
+        bits=tuple(plan.bits.values()),
+        omega=plan.omega,
+        cost=plan.selection.cost,
+        limit=plan.selection.limit,
+        lower_bound=plan.selection.lower_bound,
+        frontier=tuple((float(front.frontier.cost[i]), float(front.frontier.omega[i])) for i in front_points),
+        stability=stability,
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,270 @@
+"""The endpoints of a network quantised by HAWQ-V2: `classify` for images, `advise` for bits."""
+
+import base64
+import binascii
+import io
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from library.errors import InputError
+from serving.endpoint import Endpoint, Request, Response, optional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.artifact import Artifact
+    from library.hawq.advice import Advice
+    from library.hawq.trained import QuantizedClassifier
+
+File = Annotated[str, Field(min_length=4, max_length=20_000_000)]
+Row = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=4096)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ClassifyRequest(Request):
+    """One of `image`, `images` and `pixels`."""
+
+    image: File = optional(description="An image file (PNG, JPEG, ...) in base64; it is scaled to the network's size.")
+    images: list[File] = optional(min_length=1, max_length=64, description="Several such files.")
+    pixels: list[Row] = optional(min_length=1, max_length=4096, description="One grey image as rows of 0 to 255.")
+    explain: bool = Field(False, description="Return the probability of every class, and the bits of every layer.")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        given = self.model_fields_set & {"image", "images", "pixels"}
+        if len(given) != 1:
+            raise ValueError(f"give one of image, images and pixels, not {' and '.join(sorted(given)) or 'none'}")
+        return self
+
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self.images) if "images" in self.model_fields_set else 1
+
+
+class Classification(BaseModel, frozen=True):
+    """What one image shows."""
+
+    label: str = Field(description="Name of the likeliest class.")
+    probability: float = Field(ge=0, le=1, description="Its calibrated probability.")
+    probabilities: dict[str, float] | None = Field(description="Of every class; null unless `explain` is true.")
+
+
+class ClassifyResponse(Response):
+    """One result for each image, in the order of the request."""
+
+    results: list[Classification]
+    bits: dict[str, int] | None = Field(description="Bits of each layer's weights; null unless `explain` is true.")
+
+
+class AdviseRequest(Request):
+    """A budget, and the network that it is for: by numbers, or the one that is served when there are none."""
+
+    budget: Literal["size", "bops", "latency"] = Field("size", description="What is limited.")
+    fraction: float = Field(0.375, gt=0, le=1, description="Share of the cost of the most bits everywhere.")
+    traces: list[Finite] = optional(min_length=1, max_length=2000, description="Mean trace Tr(H)/n of each layer.")
+    errors: list[Annotated[float, Field(ge=0)]] = optional(description="Their standard errors, for the stability.")
+    n_params: list[Annotated[int, Field(ge=1)]] = optional(description="Weights of each layer.")
+    macs: list[Annotated[int, Field(ge=0)]] = optional(description="Multiply-accumulates, for budget=bops.")
+    bits: list[Annotated[int, Field(ge=2, le=16)]] = optional(min_length=1, max_length=15)
+    perturbation: list[list[Annotated[float, Field(ge=0)]]] = optional(
+        description="||Q_b(W) - W||^2 of each layer (rows) at each of `bits` (columns)."
+    )
+    latency: list[list[Annotated[float, Field(ge=0)]]] = optional(description="Seconds, likewise, for budget=latency.")
+    ties: list[list[int]] = Field([], max_length=2000, description="Sets of layers, from 0, that must share bits.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        needed = {"traces", "n_params", "bits", "perturbation"}
+        given = self.model_fields_set & (needed | {"errors", "macs"})
+        if given and needed - given:
+            raise ValueError(f"{min(needed - given)}: a network given by numbers needs {', '.join(sorted(needed))}")
+        if self.budget == "latency" and "latency" not in self.model_fields_set:
+            raise ValueError("latency: budget=latency needs it")
+        return self
+
+
+class AdviseResponse(Response):
+    """The least sensitive bits within the budget, and what surrounds them."""
+
+    layers: list[str]
+    bits: list[int]
+    omega: float = Field(description="Their sensitivity; half of it predicts the change of the loss.")
+    cost: float = Field(description="In bits of the weights, bit operations, or seconds.")
+    limit: float
+    slack: float
+    lower_bound: float = Field(description="No bits within the limit have a smaller Omega than this.")
+    frontier: list[tuple[float, float]] = Field(description="Points (cost, Omega) that no other setting beats.")
+    stability: float | None = Field(description="Share of traces within their errors that choose the same bits.")
+    warnings: list[str]
+
+
+class Classify(Endpoint):
+    """Classifies images with the packed network."""
+
+    name = "classify"
+    summary = "What an image shows: its class and calibrated probability, by a network of a few bits per weight."
+    kind = "hawq"
+    model = "hawq"
+    Request = ClassifyRequest
+    Response = ClassifyResponse
+    examples = {  # noqa: RUF012 - read only
+        "pixels": {"pixels": [[0] * 9 + [200] * 10 + [0] * 9 for _ in range(28)], "explain": True},
+    }
+    cost_unit = "images"
+    request_cost = 64
+    batch_cost = 256
+
+    def __init__(self, classifier: "QuantizedClassifier", version: str):
+        self.classifier, self.version = classifier, version
+
+    @classmethod
+    def load(cls, artifact: "Artifact", device: str) -> Self:
+        from library.hawq.trained import load_hawq
+
+        found = load_hawq(artifact)
+        found.model.to(device)
+        return cls(found, artifact.version)
+
+    def cost(self, request: ClassifyRequest) -> int:
+        return request.count()
+
+    def group(self, request: ClassifyRequest) -> Hashable:
+        return ()
+
+    def answer(self, requests: Sequence[ClassifyRequest]) -> list[ClassifyResponse]:
+        import torch
+
+        pixels = [image for request in requests for image in self._pixels(request)]
+        rows = iter(self.classifier.probabilities(torch.stack(pixels)).tolist())
+        return [self._response(request, [next(rows) for _ in range(request.count())]) for request in requests]
+
+    def limits(self) -> dict[str, int]:
+        channels, height, width = self.classifier.shape
+        layout = self.classifier.layout
+        bits = {f"bits {entry['name']}": entry["weight_bits"] for entry in layout["layers"]}
+        return {"channels": channels, "height": height, "width": width, "bytes": layout["bytes"]} | bits
+
+    def _response(self, request: ClassifyRequest, rows: list[list[float]]) -> ClassifyResponse:
+        classes, results = self.classifier.classes, []
+        for row in rows:
+            best = max(range(len(row)), key=row.__getitem__)
+            every = dict(zip(classes, row, strict=True)) if request.explain else None
+            results.append(Classification(label=classes[best], probability=row[best], probabilities=every))
+        layers = self.classifier.layout["layers"]
+        bits = {entry["name"]: entry["weight_bits"] for entry in layers} if request.explain else None
+        return ClassifyResponse(model=self.version, results=results, bits=bits)
+
+    def _pixels(self, request: ClassifyRequest) -> "list[Tensor]":
+        import numpy as np
+        import torch
+
+        channels, height, width = self.classifier.shape
+        if "pixels" not in request.model_fields_set:
+            named = [("image", request.image)] if "image" in request.model_fields_set else [
+                (f"images[{i}]", file) for i, file in enumerate(request.images)
+            ]  # fmt: skip
+            return [_decoded(name, file, self.classifier.shape) for name, file in named]
+        rows = request.pixels
+        if channels != 1 or len(rows) != height or any(len(row) != width for row in rows):
+            shape = f"{height} rows of {width}" if channels == 1 else "none: this network takes colour, send image"
+            raise InputError(f"pixels: {len(rows)} rows of {len(rows[0])} given, needed are {shape}")
+        return [torch.from_numpy(np.array(rows, np.uint8))[None]]
+
+
+class Advise(Endpoint):
+    """Chooses bits for a network that is described by numbers, or for the one that is served."""
+
+    name = "advise"
+    summary = "How many bits each layer needs within a budget: exact, with the frontier and a proven bound."
+    kind = "hawq"
+    model = "hawq"
+    Request = AdviseRequest
+    Response = AdviseResponse
+    examples = {  # noqa: RUF012 - read only
+        "numbers": {
+            "fraction": 0.5,
+            "traces": [0.13, 0.007, 0.005],
+            "n_params": [144, 2304, 4608],
+            "bits": [2, 4, 8],
+            "perturbation": [[3.5, 0.07, 0.0002], [8.6, 0.16, 0.0005], [16.4, 0.3, 0.0009]],
+        },
+        "served": {"budget": "bops", "fraction": 0.4},
+    }
+    cost_unit = "layers x bit numbers"
+    request_cost = 20_000
+    batch_cost = 20_000
+
+    def __init__(self, found: Any, version: str):
+        self.found, self.version = found, version
+
+    @classmethod
+    def load(cls, artifact: "Artifact", device: str) -> Self:
+        from library.hawq.trained import measured_sensitivity
+
+        return cls(measured_sensitivity(artifact), artifact.version)
+
+    def cost(self, request: AdviseRequest) -> int:
+        return max(1, len(request.traces or ()) * len(request.bits or ()))
+
+    def group(self, request: AdviseRequest) -> Hashable:
+        return id(request)
+
+    def answer(self, requests: Sequence[AdviseRequest]) -> list[AdviseResponse]:
+        return [self._advised(request) for request in requests]
+
+    def _advised(self, request: AdviseRequest) -> AdviseResponse:
+        from library.hawq.advice import advise, described
+        from library.hawq.plan import Budget
+
+        if "traces" in request.model_fields_set:
+            found = described(
+                request.traces,
+                request.n_params,
+                request.perturbation,
+                request.bits,
+                macs=request.macs,
+                errors=request.errors,
+            )
+        elif self.found is None:
+            raise InputError("traces: the bits of the served network were given, not measured; describe one by numbers")
+        else:
+            found = self.found
+        latency = tuple(map(tuple, request.latency or ()))
+        budget = Budget(kind=request.budget, fraction=request.fraction, latency=latency)
+        return self._response(found.layers.names, advise(found, budget, ties=request.ties))
+
+    def _response(self, layers: Sequence[str], advice: "Advice") -> AdviseResponse:
+        return AdviseResponse(
+            model=self.version,
+            layers=list(layers),
+            bits=list(advice.bits),
+            omega=advice.omega,
+            cost=advice.cost,
+            limit=advice.limit,
+            slack=advice.slack,
+            lower_bound=advice.lower_bound,
+            frontier=list(advice.frontier),
+            stability=advice.stability,
+            warnings=list(advice.warnings),
+        )
+
+
+def _decoded(name: str, file: str, shape: tuple[int, int, int]) -> "Tensor":
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = shape
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(file, validate=True))) as opened:
+            if opened.width * opened.height > 1 << 24:
+                raise InputError(f"{name}: {opened.width} x {opened.height} pixels; at most 16 million are allowed")
+            image = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+    except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name}: not an image file in base64") from error
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1).contiguous()

@@ -33,6 +33,7 @@ REPRODUCTIONS = {
     "send": "jobs.send_reproduction:SendReproduction",
     "hawq": "jobs.hawq_reproduction:HawqReproduction",
     "hessian": "jobs.hessian_reproduction:HessianReproduction",
+    "farms": "jobs.farms_reproduction:FarmsReproduction",
 }
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,7 +28,7 @@ class Layout:
 
     def split(self, block: Tensor) -> list[Tensor]:
         """Vectors (n, p) as one tensor (p, *shape) for each parameter."""
-        pieces = block.mT.split(self.sizes, dim=-1)
+        pieces = block.mT.contiguous().split(self.sizes, dim=-1)
         return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:

@@ -103,7 +103,8 @@ class CurvatureOperator(ABC):
 
     def probes(self, count: int, *, generator: torch.Generator) -> Tensor:
         """Rademacher probes (n, count) that fit this operator; the same on all workers when their seeds are."""
-        return random_probes(self.size, count, generator=generator, dtype=self.dtype, device=self.device)
+        drawn = random_probes(self.size, count, generator=generator, dtype=self.dtype, device=self.device)
+        return drawn.mT.contiguous().mT  # one vector after the other in memory, as parameters are
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """The batches of this worker on the operator's device."""
@@ -135,7 +136,7 @@ class CurvatureOperator(ABC):
     def _sum(self, term: "Callable[[_Batch, Tensor], Tensor]", columns: int) -> tuple[float, Tensor]:
         """The mean loss and mean of `term` (n, columns) over all units of all workers."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        images = torch.zeros(self.size, columns, dtype=self.dtype, device=self.device)
+        images = torch.zeros(columns, self.size, dtype=self.dtype, device=self.device).mT
         with evaluation_mode(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             for source, target in self.batches():
                 units = self.count(target)
@@ -145,7 +146,7 @@ class CurvatureOperator(ABC):
                     raise InputError("loss must return a scalar tensor, the mean over the batch")
                 total += torch.stack([units * loss.detach().double(), loss.new_tensor(units, dtype=torch.float64)])
                 try:
-                    images += units * term(_Batch(output, target), loss)
+                    images.add_(term(_Batch(output, target), loss), alpha=units)
                 except RuntimeError as error:
                     if "not implemented" in str(error) or "does not require grad" in str(error):
                         raise InputError(f"the model cannot be differentiated twice: {_first(error)}") from error
@@ -155,7 +156,7 @@ class CurvatureOperator(ABC):
             raise InputError("data: there are no samples")
         value = mean / units
         self._check_same(value)
-        images = collective.all_sum(images) / units
+        images = collective.all_sum(images).div_(units)
         if not bool(torch.isfinite(images).all()):
             raise NonFiniteError("a product with the curvature matrix is not finite")
         return value, images
@@ -192,8 +193,8 @@ class CurvatureOperator(ABC):
         parts = []
         for chunk in zip(*(seed.split(self.chunk) for seed in seeds), strict=True):
             found = batched_grad(outputs, tuple(self._parameters.values()), chunk)
-            parts.append(self.layout.join(found))
-        return torch.cat(parts, -1)
+            parts.append(self.layout.join(found).mT)
+        return torch.cat(parts).mT
 
 
 class Hessian(CurvatureOperator):

@@ -18,7 +18,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 from torch import Tensor
 
 from cluster import storage
@@ -76,6 +84,8 @@ class TrainingJob(Job, frozen=True, extra="forbid"):
     """Steps between two checkpoints; the last step always has one."""
     evaluate_every: PositiveInt | None = None
     """Steps between two evaluations on the validation data; None evaluates at every checkpoint."""
+    curvature_every: PositiveInt | None = None
+    """Steps between two looks at the largest eigenvalues of the loss's Hessian, for engine ddp; None never looks."""
     max_failures: NonNegativeInt = 3
     """How often a run whose worker or node died starts again from its last checkpoint."""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -90,6 +100,13 @@ class TrainingJob(Job, frozen=True, extra="forbid"):
     """Name in the model registry; None is the method's name."""
     champion: bool = False
     """Let @champion mean the new version; the first version of a model gets it anyway."""
+
+    @field_validator("curvature_every")
+    @classmethod
+    def _whole_weights(cls, every: int | None, info: ValidationInfo) -> int | None:
+        if every is not None and info.data.get("engine", "ddp") != "ddp":
+            raise ValueError(f"needs whole weights on each worker: engine ddp, not {info.data['engine']}")
+        return every
 
     def prepared(self) -> "TrainingJob | None":
         """The job once what it rests on is there, such as weights to start from; None when making that was stopped."""
@@ -156,6 +173,12 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
     noticed: dict[str, float] = {}
     outcome = Outcome(step, "finished")
 
+    follower = None
+    if job.curvature_every is not None:
+        from library.hessian.recipes import CurvatureFollower
+
+        follower = CurvatureFollower(recipe, splits, every=job.curvature_every, device=device)
+
     with Feed(job, splits, start=step, device=device) as feed:
         while step < recipe.steps and outcome.reason == "finished":
             began = time.perf_counter()
@@ -172,6 +195,8 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
             noticed |= recipe.after_step(engine.model, step) or {}
             seconds = time.perf_counter() - began
             metrics = {**done.losses, "gradient_norm": done.norm, "lr": engine.optimizer.param_groups[0]["lr"]}
+            if follower is not None:
+                metrics |= follower(engine.model, step)
 
             last = done.stop or step == recipe.steps
             saved = last or step % job.checkpoint_every == 0

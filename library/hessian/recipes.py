@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from library import collective
 from library.hessian.analysis import analyze
 from library.hessian.report import HessianReport
-from library.recipe import Batch, Recipe, Samples, Splits, make_batch, unwrap
+from library.recipe import Batch, Recipe, Samples, Splits, make_batch, to_device, unwrap
 from library.spectral.eigen import extreme_eigenpairs
 from library.spectral.operators import Hessian
 
@@ -80,10 +80,11 @@ class CurvatureFollower:
         batch_size: int = 32,
         tolerance: float = 1e-2,
         limit: int = 60,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._recipe, self._every, self._count = recipe, every, count
         self._tolerance, self._limit = tolerance, limit
-        self._batches = curvature_batches(splits, splits.train, samples, batch_size)
+        self._batches = to_device(curvature_batches(splits, splits.train, samples, batch_size), device)
         self._draw = torch.Generator().manual_seed(recipe.seed)
         self._vectors: Tensor | None = None
 

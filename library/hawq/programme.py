@@ -36,7 +36,9 @@ def select(
     prices = {name: joined(table[1], ties)[0].astype(np.float64) for name, table in tables.items()}
     groups, choices = values.shape
     one_each = csr_array(np.kron(np.eye(groups), np.ones((1, choices))))
-    scale = np.abs(values).max() or 1.0
+    first = next(iter(limits))
+    bound = lagrangian_bound(values, prices[first], may, limits[first]) if may.any(1).all() else 0.0
+    scale = (bound if bound > 0 else np.abs(values).max() or 1.0) / 10  # far above the solver's absolute gap of 1e-6
     rows = [LinearConstraint(one_each, 1, 1)]
     for name, limit in limits.items():
         unit = max(abs(limit), 1e-300)
@@ -57,12 +59,11 @@ def select(
     if not found.success:
         raise PrismError(f"the integer programme was not solved: {found.message}")
     choice = found.x.reshape(groups, choices).argmax(1)
-    first = next(iter(limits))
     return Selection(
         choice=choice[group],
         omega=float(values[np.arange(groups), choice].sum()),
         cost=float(prices[first][np.arange(groups), choice].sum()),
         limit=float(limits[first]),
-        lower_bound=lagrangian_bound(values, prices[first], may, limits[first]),
+        lower_bound=bound,
         exact=True,
     )

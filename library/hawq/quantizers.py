@@ -17,7 +17,7 @@ from library.errors import InputError
 
 LEAST_SCALE = 1e-8  # of a row of zeros, before it is divided by the number of steps
 CLIP_FRACTIONS = torch.linspace(0.3, 1.0, 15)  # what the mse clipping tries
-CHUNK = 1 << 24  # entries times bit numbers that are held at a time
+CHUNK = 1 << 18  # entries times bit numbers that are held at a time, so that they stay in the processor's cache
 
 
 class Grid(NamedTuple):
@@ -40,7 +40,8 @@ class Grid(NamedTuple):
         """Squared error of each row, float64 of shape (..., rows)."""
         width = max(1, CHUNK // max(1, self.low.numel() * len(rows)))
         parts = (
-            (self.values(self.integers(part)) - part).double().square().sum(-1) for part in rows.split(width, dim=1)
+            (self.values(self.integers(part)) - part).square().sum(-1, dtype=torch.float64)
+            for part in rows.split(width, dim=1)
         )
         return torch.stack(list(parts)).sum(0)
 

@@ -4,12 +4,12 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from cluster import connect
 from jobs import hessian_figures
 from jobs.hessian_analysis import Analysis, analyse_artifact
-from jobs.hessian_grid import EXPERIMENTS, Experiment, Grid, basin_table, network_table, run_grid
+from jobs.hessian_grid import EXPERIMENTS, Grid, basin_table, network_table, run_grid
 from jobs.job import Job
 from jobs.report import Report
 
@@ -21,8 +21,8 @@ class HessianJob(Job, frozen=True, extra="forbid"):
 
     artifact: str | None = None
     """Analyse this artifact (a folder or models:/NAME/VERSION) instead of running the experiments."""
-    experiments: tuple[Experiment, ...] = Field(EXPERIMENTS, min_length=1)
-    """Which experiments run."""
+    experiments: tuple[str, ...] = Field(EXPERIMENTS, min_length=1)
+    """Which experiments run: spectrum, growth, classes, separability, gauss-newton, batches."""
     seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of data, weights and batches; the first also draws the probes of an analysis."""
     grid: Grid = Grid()
@@ -41,6 +41,14 @@ class HessianJob(Job, frozen=True, extra="forbid"):
     """How often a task is tried again whose worker died."""
     out: Path | None = None
     """Folder for the report with its tables and figures; None keeps nothing."""
+
+    @field_validator("experiments")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in EXPERIMENTS:
+                raise ValueError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+        return names
 
     def run(self) -> Report:
         """Run the tasks and gather. Raises InputError for what cannot be measured, with the reason."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from jobs.hessian_grid import EXPERIMENTS, Experiment, Findings, Grid, network_table
+from jobs.hessian_grid import EXPERIMENTS, Findings, Grid, network_table
 from library.hessian.basins import LINES
 from library.hessian.picture import BULK, GAUSS_NEWTON, OUTLIER, draw_spectrum
 from library.hessian.study import Measured
@@ -20,7 +20,7 @@ GREY = "#8a8a8a"
 SHADES = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
 
 
-def figures(grid: Grid, found: Findings, experiments: Sequence[Experiment] = EXPERIMENTS) -> "dict[str, Figure]":
+def figures(grid: Grid, found: Findings, experiments: Sequence[str] = EXPERIMENTS) -> "dict[str, Figure]":
     """A figure per experiment, by its name."""
     drawers = {
         "spectrum": spectrum_figure,

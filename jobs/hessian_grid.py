@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -13,8 +13,7 @@ from library.hessian.study import Cell, Measured, measure_cell
 if TYPE_CHECKING:
     import pandas as pd
 
-Experiment = Literal["spectrum", "growth", "classes", "separability", "gauss-newton", "batches"]
-EXPERIMENTS: tuple[Experiment, ...] = ("spectrum", "growth", "classes", "separability", "gauss-newton", "batches")
+EXPERIMENTS = ("spectrum", "growth", "classes", "separability", "gauss-newton", "batches")
 
 
 class Grid(BaseModel, frozen=True, extra="forbid"):
@@ -39,7 +38,7 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     basins: Basins = Basins()
     """Size of the experiment on large and small batches."""
 
-    def cells(self, experiment: Experiment) -> list[Cell]:
+    def cells(self, experiment: str) -> list[Cell]:
         """The settings of an experiment; none for the one on batches, which is of another kind."""
         if experiment == "growth":
             return [self._cell(hidden=(size, *self.base.hidden[1:])) for size in self.hidden]
@@ -70,7 +69,7 @@ class Findings:
 
 def run_grid(
     grid: Grid,
-    experiments: Iterable[Experiment],
+    experiments: Iterable[str],
     seeds: tuple[int, ...],
     *,
     name: str,

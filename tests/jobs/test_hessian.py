@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from jobs.hessian import HessianJob
 from jobs.hessian_analysis import Analysis, analyse_here, recipe_of
@@ -137,6 +138,11 @@ def test_bad_requests_are_refused_in_one_line(ray_cluster, artifact, tmp_path):
     ):
         with pytest.raises(error, match=message):
             job.run()
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(ValidationError, match="no experiment 'growing'; there are spectrum, growth"):
+        HessianJob(experiments=("growing",))
 
 
 def test_a_report_without_vectors_keeps_its_numbers(artifact):

@@ -24,9 +24,6 @@ def select(
     result are those of the first budget. Raises InputError for budgets that cannot be met, naming the attainable
     interval of each. Source: HAWQ-V3, Yao et al., 2021, section 3.4.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     if not limits or limits.keys() != costs.keys():
         raise InputError(f"limits are for {', '.join(limits) or 'nothing'}, costs for {', '.join(costs) or 'nothing'}")
     tables = {name: checked_table(omega, cost, allowed, name) for name, cost in costs.items()}
@@ -34,23 +31,47 @@ def select(
     values, group = joined(values, ties)
     may = np.logical_not(joined(~permitted, ties)[0])
     prices = {name: joined(table[1], ties)[0].astype(np.float64) for name, table in tables.items()}
-    groups, choices = values.shape
-    one_each = csr_array(np.kron(np.eye(groups), np.ones((1, choices))))
+    if not may.any(1).all():
+        raise InputError("ties: layers that must share bits have no choice in common")
+    rows = np.arange(len(values))
+    choice = _least(values, prices, limits, may)
+    while True:  # the solver's gap is absolute: leave out what costs more alone than all layers of the incumbent
+        total = values[rows, choice].sum()
+        left = may & (values <= total)
+        if not total > 0 or values[left].max() >= values[may].max() / 2:
+            break
+        may, choice = left, _least(values, prices, limits, left)
     first = next(iter(limits))
-    bound = lagrangian_bound(values, prices[first], may, limits[first]) if may.any(1).all() else 0.0
-    scale = (bound if bound > 0 else np.abs(values).max() or 1.0) / 10  # far above the solver's absolute gap of 1e-6
-    rows = [LinearConstraint(one_each, 1, 1)]
+    return Selection(
+        choice=choice[group],
+        omega=float(values[rows, choice].sum()),
+        cost=float(prices[first][rows, choice].sum()),
+        limit=float(limits[first]),
+        lower_bound=lagrangian_bound(values, prices[first], may, limits[first]),
+        exact=True,
+    )
+
+
+def _least(
+    values: np.ndarray, prices: Mapping[str, np.ndarray], limits: Mapping[str, float], may: np.ndarray
+) -> np.ndarray:
+    """The solver's choice for each group."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    groups, choices = values.shape
+    constraints = [LinearConstraint(csr_array(np.kron(np.eye(groups), np.ones((1, choices)))), 1, 1)]
     for name, limit in limits.items():
-        unit = max(abs(limit), 1e-300)
-        rows.append(LinearConstraint(prices[name].reshape(1, -1) / unit, -np.inf, limit / unit * (1 + 1e-12)))
+        unit = max(abs(limit), np.finfo(np.float64).tiny)
+        constraints.append(LinearConstraint(prices[name].reshape(1, -1) / unit, -np.inf, limit / unit * (1 + 1e-12)))
     found = milp(
-        values.ravel() / scale,
-        constraints=rows,
+        np.where(may, values, 0).ravel() / (values[may].max() or 1.0),
+        constraints=constraints,
         bounds=Bounds(0, may.ravel().astype(float)),
         integrality=np.ones(values.size),
         options={"mip_rel_gap": 0.0},
     )
-    if found.status == 2 or not may.any(1).all():
+    if found.status == 2:
         ranges = [
             f"{name} {limits[name]:.6g} of {low:.6g} to {high:.6g}"
             for name, (low, high) in ((name, attainable(cost, may)) for name, cost in prices.items())
@@ -58,12 +79,4 @@ def select(
         raise InputError(f"no setting meets the limits together: {'; '.join(ranges)}")
     if not found.success:
         raise PrismError(f"the integer programme was not solved: {found.message}")
-    choice = found.x.reshape(groups, choices).argmax(1)
-    return Selection(
-        choice=choice[group],
-        omega=float(values[np.arange(groups), choice].sum()),
-        cost=float(prices[first][np.arange(groups), choice].sum()),
-        limit=float(limits[first]),
-        lower_bound=bound,
-        exact=True,
-    )
+    return found.x.reshape(groups, choices).argmax(1)

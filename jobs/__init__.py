@@ -49,6 +49,9 @@ JOBS = {
     "farms": JobEntry(
         "farms", "jobs.farms:FarmsJob", "analyse every layer of a model: how heavy its spectrum's tail is"
     ),
+    "farms-balance": JobEntry(
+        "farms", "jobs.farms_balance:FarmsBalanceJob", "train an image classifier, each layer at its spectrum's rate"
+    ),
     "farms-prune": JobEntry(
         "farms", "jobs.farms_prune:FarmsPruneJob", "prune a causal language model, layers by their spectra"
     ),
@@ -57,6 +60,7 @@ JOBS = {
 SEARCHES = {
     "send": "how much SeND drops, when and chosen how: the least EigenScore within 1 % of plain training's loss",
     "hawq": "bits, metric, quantiser and fine-tuning of HAWQ-V2: accuracy against size and bit operations",
+    "farms": "how far layers' learning rates differ, by which map of their exponents: the best accuracy",
 }
 
 

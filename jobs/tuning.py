@@ -53,6 +53,7 @@ class SearchEntry(NamedTuple):
 SPACES: dict[str, SearchEntry] = {
     "send": SearchEntry("tune_spaces.send", "send"),
     "hawq": SearchEntry("tune_spaces.hawq", "hawq"),
+    "farms": SearchEntry("tune_spaces.farms", "farms-balance"),
 }
 
 

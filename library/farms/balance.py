@@ -31,10 +31,10 @@ class Balance(BaseModel, frozen=True, extra="forbid"):
     """Steps between two choices of the rates (an epoch, as published)."""
     rule: Map = "linear"
     """TempBalance's linear, sqrt, log2 or step, or the sigmoid of Model Balancing (TB_Sigmoid)."""
-    low: float = Field(0.5, gt=0)
+    low: float = Field(0.5, gt=0, lt=2)
     """Factor of the layer with the heaviest tail (linear, step)."""
-    high: float = Field(1.5, gt=0)
-    """Factor of the layer with the lightest tail (linear, step)."""
+    high: float | None = Field(None, gt=0)
+    """Factor of the layer with the lightest tail (linear, step); None is 2 - low, as published."""
     strength: tuple[float, float] = (0.125, 0.125)
     """Decades between the extremes below and above the mean alpha (sigmoid)."""
     sharpness: float = Field(10.0, gt=0)
@@ -50,7 +50,8 @@ class Balance(BaseModel, frozen=True, extra="forbid"):
         """The factor of each layer."""
         left_out = ([] if self.first else [0]) + ([] if self.last else [len(alphas) - 1])
         kept = [float("nan") if i in left_out else alpha for i, alpha in enumerate(alphas)]
-        settings = {"low": self.low, "high": self.high, "strength": self.strength, "sharpness": self.sharpness}
+        high = 2 - self.low if self.high is None else self.high
+        settings = {"low": self.low, "high": high, "strength": self.strength, "sharpness": self.sharpness}
         return rate_factors(kept, self.rule, **settings)
 
 

@@ -46,6 +46,8 @@ def test_what_has_no_exponent_keeps_the_global_rate():
     assert rate_factors([2.0, float("nan"), 4.0], low=0.5, high=1.5).tolist() == [0.5, 1.0, 1.5]
     assert rate_factors([3.0, 3.0]).tolist() == [1.0, 1.0]
     assert rate_factors([float("nan")] * 2).tolist() == [1.0, 1.0]
+    assert Balance(low=0.2).factors([3.0, 2.0]).tolist() == [1.8, 0.2]
+    assert Balance(low=0.2, high=1.2).factors([3.0, 2.0]).tolist() == [1.2, 0.2]
     assert Balance(first=False, last=False).factors([9.0, 2.0, 4.0, 1.5]).tolist() == [1.0, 0.5, 1.5, 1.0]
     with pytest.raises(InputError, match="0 < low <= high"):
         rate_factors([1.0, 2.0], low=0)
@@ -138,7 +140,7 @@ def test_each_layer_gets_the_recipes_own_rate_times_its_factor():
 
 def test_equal_factors_train_as_without():
     plain = fit(NetRecipe()).weights()
-    same = fit(BalancedNet(balance=Balance(low=1.0, high=1.0, every=1, analysis=TAILS))).weights()
+    same = fit(BalancedNet(balance=Balance(low=1.0, every=1, analysis=TAILS))).weights()
     other = fit(BalancedNet(balance=Balance(every=1, analysis=TAILS))).weights()
     assert all(torch.equal(same[name], value) for name, value in plain.items())
     assert not torch.equal(other["deep.weight"], plain["deep.weight"])

@@ -1,0 +1,17 @@
+"""Training an image classifier with layer-wise learning rates from its spectra, on Ray Train."""
+
+from typing import ClassVar
+
+from jobs.training import TrainingJob
+from library.farms.recipe import BalancedClassifierRecipe
+
+
+class FarmsBalanceJob(TrainingJob, frozen=True, extra="forbid"):
+    """Train an image classifier whose layers learn at rates of their own."""
+
+    job: ClassVar[str] = "farms-balance"
+
+    recipe: BalancedClassifierRecipe = BalancedClassifierRecipe()
+    """What is trained, and how."""
+    register_as: str | None = "farms-classifier"
+    """Name in the model registry; None is the method's name."""

@@ -174,11 +174,7 @@ def _run(job: "type[Job]", given: Given, *, prog: str) -> int:
         report = made.run()
     report.show(options.console())
     options.finish(report.summary())
-    from jobs.training import TrainingJob
-    from jobs.tuning import TuneJob
-
-    stopped = report.artifact is None and isinstance(made, TrainingJob | TuneJob)
-    return INTERRUPTED if stopped else SUCCESS
+    return INTERRUPTED if report.artifact is None and made.leaves_artifact() else SUCCESS
 
 
 def _asks_for_help(args: Sequence[str]) -> bool:

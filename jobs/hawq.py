@@ -39,6 +39,9 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
     model: Literal["resnet18-published", "resnet50-published"] | None = None
     """Only choose bits, from the published ImageNet measurements of that network, at three sizes of each budget."""
 
+    def leaves_artifact(self) -> bool:
+        return self.model is None
+
     def run(self) -> Report:
         """Train the classifier if there is none, choose the bits, fine-tune, pack, and register the artifact.
 
@@ -92,7 +95,7 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
                 apart = [i for i, (a, b) in enumerate(zip(found.bits, found.published_bits, strict=True)) if a != b]
                 row = {"budget": kind, "fraction": fraction, "omega": found.omega, "cost": found.cost}
                 row |= {"limit": found.limit, "lower_bound": found.lower_bound, "published": found.published_omega}
-                rows.append(row | {"bits": " ".join(map(str, found.bits))})
+                rows.append(row | {"bits": "".join(map(str, found.bits))})
                 if apart:
                     notes.append(
                         f"{kind} {fraction:g}: the published bits differ in layer {', '.join(map(str, apart))}, and "

@@ -17,6 +17,10 @@ class Job(BaseModel, frozen=True, extra="forbid"):
     def run(self) -> Report:
         """Do the work on the Ray cluster that this process is connected to (connecting locally when it is not)."""
 
+    def leaves_artifact(self) -> bool:
+        """Whether a run that nobody stops ends with an artifact."""
+        return False
+
     def record(self) -> dict[str, Any]:
         """The job as JSON values, with its name."""
         return {"job": self.job, **self.model_dump(mode="json")}

@@ -108,6 +108,9 @@ class TrainingJob(Job, frozen=True, extra="forbid"):
             raise ValueError(f"needs whole weights on each worker: engine ddp, not {info.data['engine']}")
         return every
 
+    def leaves_artifact(self) -> bool:
+        return True
+
     def prepared(self) -> "TrainingJob | None":
         """The job once what it rests on is there, such as weights to start from; None when making that was stopped."""
         return self

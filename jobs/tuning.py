@@ -94,6 +94,9 @@ class TuneJob(Job, frozen=True, extra="forbid"):
         content = {key: value for key, value in base.items() if key != "job"}
         return {**data, "base": job_class(SPACES[data["space"]].job).model_validate(content)}
 
+    def leaves_artifact(self) -> bool:
+        return True
+
     def run(self) -> Report:
         """Run the trials, write down the best and register its artifact.
 

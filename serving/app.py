@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Self
 
 from library.errors import InputError, PrismError
 from serving.endpoint import Endpoint
+from serving.hawq import Advise, Classify
 from serving.send import Hallucination, Score
 from serving.settings import EndpointArgs, token_digest
+from serving.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
     from cluster import Connection
 
-ENDPOINTS: dict[str, type[Endpoint]] = {endpoint.name: endpoint for endpoint in (Hallucination, Score)}
+ENDPOINTS: dict[str, type[Endpoint]] = {
+    endpoint.name: endpoint for endpoint in (Hallucination, Score, Spectrum, Classify, Advise)
+}
 LOG = logging.getLogger(__name__)
 REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")
 READY_SECONDS = 600.0

@@ -25,7 +25,7 @@ def test_what_is_served_follows_from_the_names_and_the_artifacts(ready_registry,
     with pytest.raises(InputError, match="no model has a champion yet"):
         app._chosen(None, {})
     register(send_artifact.path, "send", aliases=["champion"])
-    assert list(app._chosen(None, {})) == list(ENDPOINTS)
+    assert list(app._chosen(None, {})) == [name for name, endpoint in ENDPOINTS.items() if endpoint.model == "send"]
 
 
 def test_wrong_names_and_artifacts_are_refused_before_ray_is_joined(
@@ -37,7 +37,7 @@ def test_wrong_names_and_artifacts_are_refused_before_ray_is_joined(
     weights = corrupt / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     for arguments, kind, line in [
-        ((["classify"],), InputError, "there is no endpoint 'classify'; there are hallucination, score"),
+        ((["nothing"],), InputError, "there is no endpoint 'nothing'; there are hallucination, score"),
         (([],), InputError, "no endpoint named"),
         ((["score"], {"hallucination": "a"}), InputError, "artifact given for hallucination, which is not among"),
         ((["score"],), InputError, "no model 'send' is registered; registered are farms"),

@@ -55,6 +55,7 @@ def url(shared_ray, send_artifact, empty_registry, free_port, tmp_path_factory) 
     config = read()
     config["http_options"]["port"] = free_port
     changes = {"hallucination": {"max_pending": 1}, "score": {"timeout_s": 1e-6}}
+    config["applications"] = [found for found in config["applications"] if found["name"] in changes]
     for application in config["applications"]:
         application["runtime_env"] = {"env_vars": {"PRISM_HOME": str(home)}}
         application["args"] |= {"token_file": str(home / "token"), **changes[application["name"]]}

@@ -1,0 +1,216 @@
+"""The endpoint `spectrum`: how heavy the tail of a weight matrix's spectrum is, beside that of an untrained one."""
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, Field, model_validator
+
+from library.errors import InputError
+from serving.endpoint import Endpoint, Request, Response, optional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.artifact import Artifact
+    from library.farms.layers import Layer
+
+MOST_ENTRIES = 16 << 20
+BINS = 60
+CLEARLY = 2.0  # standard errors of alpha beyond which a tail differs from an untrained one's
+FINITE = 3.0  # the exponent of an untrained window of shorter side n deviates by about FINITE (mp_alpha - 1) / n
+INPUTS = ("matrix", "npy", "layer")
+SETTINGS = ("method", "window", "ratio", "ops", "rule")
+Row = Annotated[list[float], Field(min_length=1, max_length=65_536)]
+EXAMPLE = [[round(math.sin(7 * i * i + 3 * j * j + i * j), 3) for j in range(12)] for i in range(16)]
+
+
+def _npy(matrix: list[list[float]]) -> str:
+    content = io.BytesIO()
+    np.save(content, np.asarray(matrix, dtype=np.float16))
+    return base64.b64encode(content.getvalue()).decode()
+
+
+class SpectrumRequest(Request):
+    """One of `matrix`, `npy` and `layer`, and how its spectrum is taken. What is left out is as the paper has it."""
+
+    matrix: list[Row] = optional(min_length=1, max_length=65_536, description="The matrix, row by row.")
+    npy: str = optional(
+        min_length=1, max_length=1 << 28, description="The matrix as a NumPy file (.npy) of floats, in base64."
+    )
+    layer: str = optional(min_length=1, max_length=1000, description="The name of one of the model's layers.")
+    method: Literal["farms", "plain"] = optional(description="Windows of one shape (farms), or the whole matrix.")
+    window: int = optional(ge=8, le=65_536, description="Rows of a window; at most the shorter side.")
+    ratio: float = optional(gt=0, le=1000, description="Columns over rows of a window.")
+    ops: int = optional(ge=2, le=32, description="Windows per dimension.")
+    rule: Literal["median", "fixfinger", "ks"] = optional(description="Where the tail begins.")
+
+    @model_validator(mode="after")
+    def _one_matrix(self) -> Self:
+        given = self.model_fields_set & set(INPUTS)
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(INPUTS)}, not {' and '.join(sorted(given)) or 'none'}")
+        if self.matrix is not None and len({len(row) for row in self.matrix}) > 1:
+            raise ValueError("matrix: its rows differ in length")
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that the request names."""
+        return {name: getattr(self, name) for name in SETTINGS if name in self.model_fields_set}
+
+
+class LogHistogram(BaseModel, frozen=True):
+    """How many eigenvalues lie in each of equal bins of log10 lambda."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class SpectrumResponse(Response):
+    """What the spectrum shows. Eigenvalues are squared singular values, those of all windows together."""
+
+    alpha: float = Field(description="Exponent of the tail by the chosen rule; larger is a lighter tail.")
+    standard_error: float = Field(description="Of alpha: over the windows, or of as many draws of a power law.")
+    ks_distance: float = Field(description="How far the tail is from a power law, 0 to 1.")
+    median_alpha: float = Field(description="The exponent by the median rule, which mp_alpha is to be compared with.")
+    mp_alpha: float = Field(description="That of an untrained matrix of the windows' shape (Marchenko and Pastur).")
+    verdict: Literal["heavier-tailed", "like-untrained", "lighter-tailed"] = Field(
+        description="median_alpha beside mp_alpha: apart by more than two standard errors and what chance does to an "
+        "untrained window of that size, 3 (mp_alpha - 1) / shorter side; or not."
+    )
+    rows: int
+    columns: int
+    aspect_ratio: float = Field(description="Longer over shorter side.")
+    windows: int
+    window_rows: int
+    window_columns: int
+    n_eigenvalues: int
+    zero_fraction: float = Field(description="Share of the eigenvalues that are zero; they take no part.")
+    spectral_norm: float = Field(description="The largest eigenvalue.")
+    stable_rank: float = Field(description="Sum of the eigenvalues over the largest, per window.")
+    histogram: LogHistogram
+
+
+class Spectrum(Endpoint):
+    """The spectra of matrices, and of a model's layers."""
+
+    name = "spectrum"
+    summary = "Is a layer trained? The tail of its spectrum, free of its shape, beside an untrained one's."
+    kind = "farms"
+    model = "farms"
+    Request = SpectrumRequest
+    Response = SpectrumResponse
+    examples = {  # noqa: RUF012 - read only
+        "matrix": {"matrix": EXAMPLE, "window": 8, "ops": 4},
+        "npy": {"npy": _npy(EXAMPLE), "method": "plain", "rule": "ks"},
+    }
+    cost_unit = "entries of the matrix"
+    request_cost = MOST_ENTRIES
+    batch_cost = MOST_ENTRIES
+
+    def __init__(self, layers: "Sequence[Layer]", version: str):
+        self.layers, self.version = {layer.name: layer for layer in layers}, version
+
+    @classmethod
+    def load(cls, artifact: "Artifact", device: str) -> Self:
+        from library.farms.layers import find_layers
+
+        return cls(find_layers(artifact), artifact.version)
+
+    def cost(self, request: SpectrumRequest) -> int:
+        if request.matrix is not None:
+            return len(request.matrix) * len(request.matrix[0])
+        if request.npy is not None:
+            return max(1, 3 * len(request.npy) // 8)  # two bytes an entry or more
+        layer = self.layers.get(request.layer)
+        return layer.parameters if layer is not None else 1
+
+    def group(self, request: SpectrumRequest) -> Hashable:
+        return id(request)  # each is a batch of windows of its own
+
+    def answer(self, requests: Sequence[SpectrumRequest]) -> list[SpectrumResponse]:
+        return [self._response(request) for request in requests]
+
+    def limits(self) -> dict[str, int]:
+        return {"layers": len(self.layers), "largest_layer": max(layer.parameters for layer in self.layers.values())}
+
+    def _response(self, request: SpectrumRequest) -> SpectrumResponse:
+        from library.farms.analysis import checked, measure
+        from library.spectral.marchenko_pastur import MarchenkoPastur
+        from library.spectral.tails import log_histogram
+
+        weight = self._weight(request)
+        given = next(name for name in INPUTS if name in request.model_fields_set)
+        settings = checked(None, request.changes())
+        try:
+            spectrum, fit, error = measure(weight, settings)
+            median = spectrum.fit(checked(settings, {"rule": "median"}))
+            pooled = spectrum.values.flatten()
+            histogram = log_histogram(pooled, BINS)
+        except InputError as reason:
+            raise InputError(f"{given}: {reason}") from reason
+        mp_alpha = MarchenkoPastur.of_shape(*spectrum.window).hill_alpha()
+        windows = spectrum.values.shape[0] * spectrum.values.shape[1]
+        sides = sorted(weight.shape[:2])
+        median_alpha = float(median.alpha.mean())
+        median_error = error if settings.rule == "median" else spectrum.standard_error(median)
+        return SpectrumResponse(
+            model=self.version,
+            alpha=float(fit.alpha.mean()),
+            standard_error=error,
+            ks_distance=float(fit.ks_distance.mean()),
+            median_alpha=median_alpha,
+            mp_alpha=mp_alpha,
+            verdict=_verdict(
+                median_alpha - mp_alpha, CLEARLY * median_error + FINITE * (mp_alpha - 1) / min(spectrum.window)
+            ),
+            rows=weight.shape[0],
+            columns=weight.shape[1],
+            aspect_ratio=sides[1] / sides[0],
+            windows=windows,
+            window_rows=spectrum.window[0],
+            window_columns=spectrum.window[1],
+            n_eigenvalues=pooled.numel(),
+            zero_fraction=float((pooled == 0).double().mean()),
+            spectral_norm=float(pooled.max()),
+            stable_rank=float(pooled.sum() / pooled.max() / windows),
+            histogram=LogHistogram(edges=histogram.edges.tolist(), counts=histogram.counts.long().tolist()),
+        )
+
+    def _weight(self, request: SpectrumRequest) -> "Tensor":
+        import torch
+
+        if request.layer is not None:
+            if request.layer not in self.layers:
+                some = ", ".join(list(self.layers)[:3])
+                raise InputError(f"layer: {request.layer!r} is none of the model's {len(self.layers)}, such as {some}")
+            return self.layers[request.layer].load()
+        if request.matrix is not None:
+            return torch.tensor(request.matrix, dtype=torch.float64)
+        found = torch.from_numpy(_decoded(request.npy))
+        if not torch.isfinite(found).all():
+            raise InputError("npy: it has entries that are not finite")
+        return found
+
+
+def _decoded(text: str) -> np.ndarray:
+    try:
+        found = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
+    except (binascii.Error, ValueError, OSError, EOFError) as error:
+        raise InputError("npy: not a NumPy file of numbers in base64") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.itemsize > 8 or found.ndim != 2:
+        about = f"{found.dtype} of {found.ndim} dimensions" if isinstance(found, np.ndarray) else "an archive"
+        raise InputError(f"npy: a matrix of float16, float32 or float64 is needed, this is {about}")
+    if not found.size:
+        raise InputError("npy: the matrix is empty")
+    return np.ascontiguousarray(found.astype(found.dtype.newbyteorder("=")))
+
+
+def _verdict(difference: float, margin: float) -> Literal["heavier-tailed", "like-untrained", "lighter-tailed"]:
+    if abs(difference) <= margin:
+        return "like-untrained"
+    return "heavier-tailed" if difference < 0 else "lighter-tailed"

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from cluster import connect
 from jobs import hessian_figures
 from jobs.hessian_analysis import Analysis, analyse_artifact
-from jobs.hessian_grid import EXPERIMENTS, Grid, basin_table, network_table, run_grid
+from jobs.hessian_grid import EXPERIMENTS, Grid, basin_table, estimate_table, network_table, run_grid
 from jobs.job import Job
 from jobs.report import Report
 
@@ -22,7 +22,7 @@ class HessianJob(Job, frozen=True, extra="forbid"):
     artifact: str | None = None
     """Analyse this artifact (a folder or models:/NAME/VERSION) instead of running the experiments."""
     experiments: tuple[str, ...] = Field(EXPERIMENTS, min_length=1)
-    """Which experiments run: spectrum, growth, classes, separability, gauss-newton, batches."""
+    """Which experiments run: spectrum, growth, classes, separability, gauss-newton, batches, estimates."""
     seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of data, weights and batches; the first also draws the probes of an analysis."""
     grid: Grid = Grid()
@@ -85,6 +85,8 @@ class HessianJob(Job, frozen=True, extra="forbid"):
             report.tables["lines"] = lines
             means = lines.groupby("line")["barrier"].mean()
             report.metrics |= {f"barrier, {name}": float(value) for name, value in means.items()}
+        if found.estimates:
+            report.tables["estimates"] = estimate_table(found.estimates)
         report.figures = hessian_figures.figures(self.grid, found, self.experiments)
         return report
 

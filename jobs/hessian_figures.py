@@ -1,12 +1,13 @@
 """The figures of the Hessian experiments, each drawn from what the grid found."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from jobs.hessian_grid import EXPERIMENTS, Findings, Grid, network_table
+from jobs.hessian_grid import EXPERIMENTS, Findings, Grid, estimate_table, network_table
 from library.hessian.basins import LINES
 from library.hessian.picture import BULK, GAUSS_NEWTON, OUTLIER, draw_spectrum
 from library.hessian.study import Measured
@@ -29,6 +30,7 @@ def figures(grid: Grid, found: Findings, experiments: Sequence[str] = EXPERIMENT
         "separability": separability_figure,
         "gauss-newton": gauss_newton_figure,
         "batches": batches_figure,
+        "estimates": estimates_figure,
     }
     return {name: drawers[name](grid, found) for name in experiments}
 
@@ -102,12 +104,12 @@ def separability_figure(grid: Grid, found: Findings) -> "Figure":
     left.set_ylabel("eigenvalue")
     left.legend(frameon=False, title="spread of a cluster")
     rows = network_table(found.of(grid.cells("separability"))).groupby("spread")
-    for name, label, colour in (("kth", "k-th eigenvalue", OUTLIER), ("flat_share", "share of flat directions", BULK)):
+    shown = (("kth", "eigenvalue k", OUTLIER), ("next", "eigenvalue k + 1", GREY), ("flat_share", "flat share", BULK))
+    for name, label, colour in shown:
         mean, spread = rows[name].mean(), rows[name].std().fillna(0)
-        right.errorbar(
-            mean.index, mean / mean.iloc[0], spread / mean.iloc[0], marker="o", ms=4, capsize=3, color=colour
-        )
-        right.annotate(label, (mean.index[-1], mean.iloc[-1] / mean.iloc[0]), ha="right", va="bottom", color=colour)
+        level = mean / mean.iloc[0], spread / mean.iloc[0]
+        right.errorbar(mean.index, *level, marker="o", ms=4, capsize=3, color=colour, label=label)
+    right.legend(frameon=False, loc="lower left")
     right.set_ylim(bottom=0)
     right.set_xlabel("spread of a cluster")
     right.set_ylabel("relative to the least spread")
@@ -139,9 +141,31 @@ def batches_figure(grid: Grid, found: Findings) -> "Figure":
             line = basin.lines[name]
             axis.plot(line.positions, line.losses, color=colour, lw=1.6, label=f"seed {basin.seed}")
             axis.plot([0, 1], [line.losses[0], line.losses[-1]], color=colour, lw=0.8, ls=":")
-        axis.set_title(name, loc="left")
+        axis.set_title(textwrap.fill(name, 30), loc="left")
         axis.set_xlabel("place on the line (dots: chord)")
     axes[0].set_ylabel("training loss")
+    axes[0].legend(frameon=False)
+    return _tidy(drawn)
+
+
+def estimates_figure(grid: Grid, found: Findings) -> "Figure":
+    """Distance of estimated densities from the exact spectrum over Lanczos steps, for each number of probes."""
+    rows = estimate_table(found.estimates)
+    drawn, axes = _figure(3.6 * len(grid.probes), 3.6, len(grid.probes))
+    for axis, (count, part) in zip(axes, rows.groupby("probes"), strict=True):
+        for name, label, colour in (("plain", "plain", GREY), ("deflated", "outliers taken out", OUTLIER)):
+            values = part.groupby("steps")[name]
+            mean, spread = values.mean(), values.std().fillna(0)
+            axis.errorbar(mean.index, mean, spread, marker="o", ms=4, capsize=3, color=colour, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(grid.lanczos_steps, list(map(str, grid.lanczos_steps)))
+        axis.set_xlabel("Lanczos steps")
+        axis.set_title(f"{count} probe{'s' if count > 1 else ''}", loc="left")
+    limits = [bound for axis in axes for bound in axis.get_ylim()]
+    for axis in axes:
+        axis.set_ylim(min(limits), max(limits))
+    axes[0].set_ylabel("distance / largest eigenvalue")
     axes[0].legend(frameon=False)
     return _tidy(drawn)
 
@@ -156,13 +180,16 @@ def _counts(axis: "Axes", grid: Grid, found: Findings) -> None:
     table = network_table(found.of(grid.cells("classes")))
     reach = [0, max(grid.classes) * 1.1]
     axis.plot(reach, reach, color="0.5", lw=0.8, ls="--", label="as many as classes")
-    kinds = ((table["batch"] == 0, "gradient descent", OUTLIER, "o"), (table["batch"] > 0, "stochastic", BULK, "s"))
-    for chosen, label, colour, marker in kinds:
+    shift = 0.015 * max(grid.classes)
+    kinds = (
+        (table["batch"] == 0, "gradient descent", OUTLIER, "o", -shift),
+        (table["batch"] > 0, "stochastic", BULK, "s", shift),
+    )
+    for chosen, label, colour, marker, aside in kinds:
         rows = table[chosen].groupby("classes")["outliers_by_gap"]
         mean = rows.mean()
-        axis.errorbar(
-            mean.index, mean, rows.std().fillna(0), fmt=marker, ms=6, capsize=3, color=colour, label=label, alpha=0.85
-        )
+        places = mean.index.to_numpy() + aside
+        axis.errorbar(places, mean, rows.std().fillna(0), fmt=marker, ms=5, capsize=3, color=colour, label=label)
     axis.set_xlabel("classes in the data")
     axis.set_ylabel("outliers above the largest gap")
     axis.legend(frameon=False)

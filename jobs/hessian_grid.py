@@ -1,5 +1,6 @@
 """The grid of the Hessian experiments: which tiny networks are measured, as Ray tasks, and what they showed."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,12 +9,12 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from jobs.reproduce import gather
 from library.hessian.basins import LINES, Basin, Basins, measure_basins
-from library.hessian.study import Cell, Measured, measure_cell
+from library.hessian.study import Cell, Measured, Tried, measure_cell, measure_estimates
 
 if TYPE_CHECKING:
     import pandas as pd
 
-EXPERIMENTS = ("spectrum", "growth", "classes", "separability", "gauss-newton", "batches")
+EXPERIMENTS = ("spectrum", "growth", "classes", "separability", "gauss-newton", "batches", "estimates")
 
 
 class Grid(BaseModel, frozen=True, extra="forbid"):
@@ -35,11 +36,15 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     """Training loss at which networks on images stop."""
     image_steps: PositiveInt = 3000
     """Most steps on images."""
+    probes: tuple[PositiveInt, ...] = Field((1, 4, 16), min_length=1)
+    """Numbers of random vectors behind an estimated density (experiment estimates)."""
+    lanczos_steps: tuple[PositiveInt, ...] = Field((8, 16, 32, 64), min_length=1)
+    """Lanczos steps of an estimated density (experiment estimates)."""
     basins: Basins = Basins()
     """Size of the experiment on large and small batches."""
 
     def cells(self, experiment: str) -> list[Cell]:
-        """The settings of an experiment; none for the one on batches, which is of another kind."""
+        """The settings of an experiment; none for batches and estimates, which are of another kind."""
         if experiment == "growth":
             return [self._cell(hidden=(size, *self.base.hidden[1:])) for size in self.hidden]
         if experiment == "classes":
@@ -57,10 +62,11 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Findings:
-    """What the tasks found: networks by cell, and the runs with large and small batches by seed."""
+    """What the tasks found: networks by cell, runs with large and small batches by seed, and estimated densities."""
 
     networks: Mapping[Cell, list[Measured]]
     basins: list[Basin]
+    estimates: list[Tried]
 
     def of(self, cells: Iterable[Cell], moment: str = "end") -> list[Measured]:
         """The networks of these cells at a moment, in the order of cells and seeds."""
@@ -89,11 +95,20 @@ def run_grid(
     both = {grid.base} if "spectrum" in experiments else set()
     tasks: dict[str, Any] = {}
     labels: dict[str, Cell] = {}
+    basins: dict[int, str] = {}
+    estimates: dict[int, str] = {}
     if "batches" in experiments:
         for seed in seeds:
-            tasks[f"large and small batches, seed {seed}"] = ray.remote(num_cpus=cpus, max_retries=retries)(
-                measure_basins
-            ).remote(grid.basins, seed)
+            basins[seed] = f"large and small batches, seed {seed}"
+            tasks[basins[seed]] = ray.remote(num_cpus=cpus, max_retries=retries)(measure_basins).remote(
+                grid.basins, seed
+            )
+    if "estimates" in experiments:
+        for seed in seeds:
+            estimates[seed] = f"estimated densities, seed {seed}"
+            tasks[estimates[seed]] = ray.remote(num_cpus=cpus, max_retries=retries)(measure_estimates).remote(
+                grid.base, seed, grid.probes, grid.lanczos_steps
+            )
     for cell in sorted(wanted, key=lambda cell: -max(cell.hidden)):
         for part in parts:
             label = f"{describe(cell)}, seeds {' '.join(map(str, part))}"
@@ -103,7 +118,11 @@ def run_grid(
     networks: dict[Cell, list[Measured]] = {cell: [] for cell in wanted}
     for label, cell in labels.items():
         networks[cell] += found[label]
-    return Findings(networks, [found[label] for label in tasks if label not in labels])
+    return Findings(
+        networks,
+        [found[basins[seed]] for seed in basins],
+        [one for seed in estimates for one in found[estimates[seed]]],
+    )
 
 
 def describe(cell: Cell) -> str:
@@ -114,7 +133,7 @@ def describe(cell: Cell) -> str:
 
 
 def network_table(found: Iterable[Measured]) -> "pd.DataFrame":
-    """A row per network: its setting, its numbers, the k-th eigenvalue of H, and how far G's first k are above H's."""
+    """A row per network: its setting and numbers, H's k-th and next eigenvalue, how far G's first k exceed H's."""
     import pandas as pd
 
     rows = []
@@ -132,6 +151,7 @@ def network_table(found: Iterable[Measured]) -> "pd.DataFrame":
                 "moment": one.moment,
                 **one.metrics,
                 "kth": float(top[-1]),
+                "next": float(one.eigenvalues[-k - 1]),
                 "gauss_newton_excess": float((one.gauss_newton[:k] / top - 1).mean()),
             }
         )
@@ -157,6 +177,13 @@ def basin_table(basins: Iterable[Basin]) -> "pd.DataFrame":
         for name, (first, last) in LINES.items()
     ]
     return pd.DataFrame(rows)
+
+
+def estimate_table(tried: Iterable[Tried]) -> "pd.DataFrame":
+    """A row per estimated density: seed, probes, steps, and the distances of both kinds."""
+    import pandas as pd
+
+    return pd.DataFrame([dataclasses.asdict(one) for one in tried])
 
 
 def _measure(cell: Cell, seeds: tuple[int, ...], moments: tuple[Any, ...]) -> list[Measured]:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 from pydantic import PositiveInt
 
 from jobs import hessian_claims, hessian_figures
-from jobs.hessian_grid import EXPERIMENTS, Grid, basin_table, describe, network_table, run_grid
+from jobs.hessian_grid import EXPERIMENTS, Grid, basin_table, describe, estimate_table, network_table, run_grid
 from jobs.reproduce import Outcome, Reproduction
 from library.hessian.basins import Basins
 from library.hessian.study import Cell
@@ -40,6 +40,8 @@ class HessianReproduction(Reproduction, frozen=True, extra="forbid"):
                 image_hidden=(3,),
                 image_loss=1.0,
                 image_steps=200,
+                probes=(1, 2),
+                lanczos_steps=(3, 6),
                 basins=Basins(
                     images=60,
                     hidden_units=4,
@@ -62,6 +64,7 @@ class HessianReproduction(Reproduction, frozen=True, extra="forbid"):
             tables={
                 "networks": network_table([one for ones in found.networks.values() for one in ones]),
                 "lines": basin_table(found.basins),
+                "estimates": estimate_table(found.estimates),
             },
             figures={
                 "hessian": hessian_figures.overview(self.grid, found),
@@ -74,6 +77,7 @@ class HessianReproduction(Reproduction, frozen=True, extra="forbid"):
                 hessian_claims.separability(self.grid, found),
                 hessian_claims.gauss_newton(self.grid, found),
                 hessian_claims.batches(self.grid, found),
+                hessian_claims.estimates(self.grid, found),
             ],
             remarks=[
                 f"Centre of the grid: {describe(self.grid.base)}, {self.grid.base.width} dimensions, "

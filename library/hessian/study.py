@@ -19,8 +19,10 @@ from library.hessian.outliers import count_outliers
 from library.hessian.report import FLAT
 from library.hessian.toy import Activation, Descent, blobs, circles, moons, perceptron, train_together
 from library.images import load_images
-from library.spectral.density import Quadrature
+from library.spectral.density import Quadrature, exact_quadrature, lanczos_quadrature
+from library.spectral.eigen import extreme_eigenpairs
 from library.spectral.operators import GaussNewton, GradientCovariance, Hessian, dense_matrix
+from library.spectral.smoothing import deflated_quadrature, wasserstein_distance
 
 Moment = Literal["start", "end"]
 
@@ -102,6 +104,43 @@ def measure_cell(cell: Cell, seeds: tuple[int, ...], moments: tuple[Moment, ...]
             steps = train_together(models, points[:, : cell.samples], labels[:, : cell.samples], descent, seed=seeds[0])
         for i, seed in enumerate(seeds):
             found.append(_measured(cell, seed, moment, models[i], points[i], labels[i], classes, int(steps[i])))
+    return found
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One estimate of a density: how many probes and Lanczos steps, and its distance from the exact spectrum.
+
+    `distance` is Wasserstein-1 as a share of the largest eigenvalue, for plain Lanczos quadrature and for the one with
+    the outliers taken out first.
+    """
+
+    seed: int
+    probes: int
+    steps: int
+    plain: float
+    deflated: float
+
+
+def measure_estimates(cell: Cell, seed: int, probes: tuple[int, ...], steps: tuple[int, ...]) -> list[Tried]:
+    """Estimate a trained network's density with every number of probes and steps, against its exact spectrum."""
+    points, labels = cell.draw(seed)
+    data = points[: cell.samples], labels[: cell.samples]
+    classes = 1 + int(labels.max())
+    model = perceptron([points.shape[1], *cell.hidden, classes], activation=cell.activation, seed=seed)
+    descent = Descent(rate=cell.rate, steps=cell.steps, loss=cell.loss, batch=cell.batch)
+    train_together([model], data[0][None], data[1][None], descent, seed=seed)
+    hessian = Hessian(model, F.cross_entropy, data, chunk=64)
+    h = dense_matrix(hessian)
+    exact = exact_quadrature(h, h[:, :1])
+    draw = torch.Generator().manual_seed(seed)
+    outliers = extreme_eigenpairs(hessian, hessian.probes(classes, generator=draw), largest=classes, generator=draw)
+    unit, found = float(exact.nodes.max()), []
+    for count in probes:
+        start = hessian.probes(count, generator=draw)
+        for depth in steps:
+            rules = lanczos_quadrature(h, start, depth), deflated_quadrature(h, outliers, start, depth)
+            found.append(Tried(seed, count, depth, *(wasserstein_distance(rule, exact) / unit for rule in rules)))
     return found
 
 

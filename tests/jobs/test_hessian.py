@@ -39,7 +39,7 @@ def section(text: str, letter: str) -> str:
 def test_the_document_holds_every_claim_its_numbers_and_its_figure(run):
     job, report, folder = run
     text = (folder / "hessian.md").read_text()
-    assert [line[3] for line in text.splitlines() if line.startswith("## ")] == list("ABCDEF")
+    assert [line[3] for line in text.splitlines() if line.startswith("## ")] == list("ABCDEFG")
     assert command_line(job) in text
     assert set(re.findall(r"\]\((.*)\.png\)", text)) == set(report.figures) - {"hessian"}
     assert {f"hessian-{name}" for name in EXPERIMENTS} == set(report.figures) - {"hessian"}

@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "FARMS": {"method": "farms", "rule": "median"},
     "plain, least KS distance": {"method": "plain", "rule": "ks"},
 }
-ARMS = ("uniform", "plain", "FARMS")
+ARMS = ("uniform", "plain", "FARMS", "FARMS, shuffled")  # the last is the control: the same ratios, other layers
 STUDENT_FREEDOM = 2.5  # of the heavy-tailed entries that are mixed in; their deviation is sqrt(5)
 
 
@@ -116,7 +116,7 @@ def pruned_accuracy(study: Study, seed: int) -> list[dict[str, Any]]:
     for pruner in ("wanda", "magnitude"):
         for arm in ARMS:
             epsilons = study.epsilons if arm != "uniform" else (0.0,)
-            alphas = [_alpha(layer.weight.detach(), study, arm) if arm != "uniform" else 1.0 for layer in layers]
+            alphas = _exponents(layers, study, arm, seed)
             tried = []
             for epsilon in epsilons:
                 ratios = allocate(alphas, parameters, study.sparsity, epsilon=epsilon).tolist()
@@ -181,6 +181,13 @@ def pruned_network(dense: nn.Sequential, ratios: list[float], pruner: str, calib
 def accuracy(network: nn.Module, images: ImageBatch) -> float:
     """The share of the images whose class is found."""
     return float((network(images.pixels.flatten(1)).argmax(1) == images.labels).double().mean())
+
+
+def _exponents(layers: list[nn.Linear], study: Study, arm: str, seed: int) -> list[float]:
+    if arm == "uniform":
+        return [1.0] * len(layers)
+    found = [_alpha(layer.weight.detach(), study, arm.partition(",")[0]) for layer in layers]
+    return [found[i] for i in order.permutation(seed, 1, len(found))] if arm.endswith("shuffled") else found
 
 
 def _alpha(weight: Tensor, study: Study, name: str) -> float:

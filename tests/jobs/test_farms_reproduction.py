@@ -38,8 +38,10 @@ def test_outcomes_follow_from_the_numbers():
     rows = [
         {"seed": 0, "pruner": pruner, "arm": arm, "accuracy": value, "dense": 0.9, "images": 100}
         for pruner in ("wanda", "magnitude")
-        for arm, value in (("uniform", 0.6), ("plain", 0.4), ("FARMS", 0.5))
+        for arm, value in (("uniform", 0.6), ("plain", 0.4), ("FARMS", 0.5), ("FARMS, shuffled", 0.45))
     ]
     claim = pruning_claim(pd.DataFrame(rows), Study())
     assert claim.verdict == "FARMS above plain: holds in all 2 cases"
-    assert "FARMS minus uniform -10.0 points (0 of 1 above 0)" in claim.findings[0]
+    assert claim.findings[0].startswith(
+        "wanda, FARMS minus uniform -10.0 points (0 of 1 above 0); minus plain 10.0 points"
+    )

@@ -68,7 +68,7 @@ def test_every_arm_prunes_the_same_share_and_epsilon_is_the_validations_choice(m
     assert [(row["pruner"], row["arm"]) for row in rows] == [
         (pruner, arm) for pruner in ("wanda", "magnitude") for arm in experiments.ARMS
     ]
-    assert len(shares) == 2 * (1 + 2 + 2)
+    assert len(shares) == 2 * (1 + 3 * 2)
     assert all(share == pytest.approx(0.7, abs=0.02) for share in shares)
     assert rows[0]["dense"] > 0.5  # the network has learned
     assert {row["epsilon"] for row in rows} <= {0.0, 0.1, 0.4}

@@ -228,10 +228,10 @@ def pruning_claim(pruning: "pd.DataFrame", study: Study) -> Claim:
             f"Accuracy is on {images} test images: its standard error is at most {error:.1f} points. All arms are far "
             f"below the dense network: at {100 * study.sparsity:g} % without training after it little is left of it.",
             "Shuffled is the control: FARMS' exponents given to the layers in a random order. It and the other "
-            f"exponents choose among {len(study.epsilons)} epsilons on validation images, uniform has nothing to choose. "
-            "What FARMS gains over plain is bias that is taken away; only what it gains over uniform and shuffled would be "
-            "knowledge of the layers. The published gain over uniform is for language models of billions of weights "
-            "and is not checked here.",
+            f"exponents choose among {len(study.epsilons)} epsilons on validation images, uniform has nothing to "
+            "choose. What FARMS gains over plain is bias that is taken away; only what it gains over uniform and "
+            "shuffled would be knowledge of the layers. The published gain over uniform is for language models of "
+            "billions of weights and is not checked here.",
         ],
         tables={"Test accuracy after pruning": pd.DataFrame(rows)},
         figure="farms-pruning",

@@ -1,5 +1,6 @@
 """Any model, wherever its weights are, gives one row per layer; what cannot be analysed says so."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from library import farms
 from library.artifact import write_artifact
 from library.errors import ArtifactError, InputError
+from library.farms import analysis
 from library.farms.analysis import Settings, measure
 from library.farms.layers import find_layers
 from library.farms.windows import window_grid, window_spectra
@@ -154,6 +156,19 @@ def test_experts_are_layers_of_their_own(tmp_path):
         assert experts.keys() == names
         stack = model.model.layers[0].mlp.experts.down_proj
         assert torch.equal(experts["model.layers.0.mlp.experts.down_proj[2]"].load(), stack[2])
+
+
+def test_one_weight_is_in_memory_at_a_time(llama, tmp_path, monkeypatch):
+    llama.save_pretrained(tmp_path)
+    seen: list[weakref.ref] = []
+
+    def watch(weight, settings):
+        assert all(earlier() is None for earlier in seen)
+        seen.append(weakref.ref(weight))
+        return measure(weight, settings)
+
+    monkeypatch.setattr(analysis, "measure", watch)
+    assert len(farms.analyze(tmp_path, window=16, ops=3)) == len(seen) == 15
 
 
 def test_the_standard_error_of_disjoint_windows_is_that_of_a_mean():

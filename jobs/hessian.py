@@ -38,7 +38,7 @@ class HessianJob(Job, frozen=True, extra="forbid"):
     gpu: bool = False
     """One GPU for each worker of an analysis."""
     max_retries: NonNegativeInt = 2
-    """How often a task is tried again whose worker died."""
+    """How often a task or an analysis is tried again whose worker died."""
     out: Path | None = None
     """Folder for the report with its tables and figures; None keeps nothing."""
 
@@ -98,6 +98,7 @@ class HessianJob(Job, frozen=True, extra="forbid"):
             workers=self.workers,
             cpus=self.cpus_per_task,
             gpu=self.gpu,
+            retries=self.max_retries,
         )
         return Report(
             job=self.job,

@@ -1,6 +1,5 @@
 """The Hessian of a trained artifact's loss, data-parallel over Ray Train workers."""
 
-import os
 import tempfile
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,10 +8,9 @@ from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster import registry
 from jobs import JOBS, job_class
-from jobs.board import Board
-from jobs.training import TrainingJob
-from jobs.workers import stand_in
-from library import collective
+from jobs.board import Poster
+from jobs.training import Scaling, TrainingJob
+from jobs.workers import Workers, check_fits
 from library.artifact import Artifact, open_artifact
 from library.errors import InputError, PrismError
 from library.hessian.recipes import analyze_recipe, curvature_batches
@@ -42,6 +40,8 @@ class Analysis(BaseModel, frozen=True, extra="forbid"):
     """Residual at which an eigenvalue has converged, as a share of the largest."""
     double: bool = False
     """Compute in float64."""
+    checkpoint: str | None = None
+    """Folder that all workers see, where each Lanczos step is kept: a run that was interrupted goes on from there."""
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
@@ -66,38 +66,19 @@ def analyse_artifact(
     Every worker holds the model and its share of the samples; products are summed over them, so that the number of
     workers changes the time and not the result. Raises ArtifactError and InputError that say what does not fit.
     """
-    import ray
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     recipe_of(open_artifact(registry.resolve(name)))
     if workers > settings.samples:
         raise InputError(f"{settings.samples} samples cannot be shared by {workers} workers; use fewer workers")
-    room = int(ray.cluster_resources().get("CPU", 0) // cpus)
-    if workers > room:
-        raise InputError(f"{workers} workers of {cpus:g} CPU do not fit: there is room for {room}")
-    board = ray.remote(num_cpus=0)(Board).remote()
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    scaling = Scaling(workers=workers, cpus_per_worker=cpus, gpu=gpu)
+    check_fits(scaling)
     with tempfile.TemporaryDirectory(prefix="prism-hessian-") as folder:
-        TorchTrainer(
-            _worker,
-            train_loop_config={
-                "name": name,
-                "settings": settings,
-                "seed": seed,
-                "board": board,
-                "cwd": os.getcwd(),
-            },
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
-            run_config=RunConfig(name="analysis", storage_path=folder),
-        ).fit()
-    events = ray.get(board.take.remote())
-    ray.kill(board)
-    if not events:
-        raise PrismError("the workers ended without a result; see Ray's logs")
-    if "refusal" in events[-1]:
-        raise InputError(events[-1]["refusal"])
-    return events[-1]["report"]
+        task = {"name": name, "settings": settings, "seed": seed}
+        running = Workers(_analyse, task, scaling=scaling, folder=folder, max_failures=0)
+        for _ in running:
+            pass
+    if isinstance(running.outcome, PrismError):
+        raise running.outcome
+    return running.outcome
 
 
 def analyse_here(name: str, settings: Analysis, *, seed: int, device: Any = "cpu") -> HessianReport:
@@ -109,22 +90,19 @@ def analyse_here(name: str, settings: Analysis, *, seed: int, device: Any = "cpu
     load_tensors(model, artifact.weights(), source=str(artifact.path))
     model = model.to(device).double() if settings.double else model.to(device)
     batches = curvature_batches(splits, getattr(splits, settings.part), settings.samples, settings.batch_size)
-    options = settings.model_dump(include={"top", "steps", "probes", "exact_below", "tolerance"})
+    options = settings.model_dump(include={"top", "steps", "probes", "exact_below", "tolerance", "checkpoint"})
     return analyze_recipe(recipe, model, batches, seed=seed, **options)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    import ray
+def _analyse(task: dict[str, Any], poster: Poster) -> None:
+    """One worker's part; a refusal is the outcome."""
     from ray.train.torch import get_device
 
-    stand_in(config["cwd"])
     try:
-        report = analyse_here(config["name"], config["settings"], seed=config["seed"], device=get_device())
-        event: dict[str, Any] = {"report": _without_vectors(report)}
+        report = analyse_here(task["name"], task["settings"], seed=task["seed"], device=get_device())
+        poster.post(outcome=_without_vectors(report))
     except PrismError as error:
-        event = {"refusal": str(error)}
-    if collective.rank() == 0:
-        ray.get(config["board"].post.remote([event]))
+        poster.post(outcome=error)
 
 
 def _without_vectors(report: HessianReport) -> HessianReport:

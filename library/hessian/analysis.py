@@ -1,6 +1,8 @@
 """The analysis of a trained network's curvature: everything in one call, exact when small and estimated when large."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from library.hessian.report import HessianReport
 from library.spectral.density import Quadrature
 from library.spectral.eigen import Eigenpairs, extreme_eigenpairs
 from library.spectral.operators import CurvatureOperator, GaussNewton, Hessian, dense_matrix, require_symmetric
+from library.spectral.sharded import sharded_lanczos
 from library.spectral.smoothing import deflated_quadrature
 from library.spectral.trace import Estimate
 
@@ -36,6 +39,7 @@ def analyze(
     seed: int = 0,
     chunk: int = 16,
     gauss_newton: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> HessianReport:
     """The Hessian spectrum of `loss(model(input), target)` over `data`: bulk, outliers, their origin, the layers.
 
@@ -43,7 +47,8 @@ def analyze(
     default 2 k + 3 for k classes, else 12) and two smallest are found to a relative residual of `tolerance`, taken out,
     and the rest is estimated by `steps` steps of Lanczos from `probes` random vectors; traces come from the same number
     of probes, all with standard errors. The decomposition H = G + R needs a tensor as output (`gauss_newton` switches
-    it off); class attribution integer labels and outputs (N, k).
+    it off); class attribution integer labels and outputs (N, k). The Lanczos basis is shared over the workers of a run;
+    its steps are kept in the folder `checkpoint`, from which a run that was interrupted goes on.
 
     `loss` is the mean over a batch; `data` holds pairs (input, target) or is one such pair, and may be sharded over
     workers. The model's weights, mode and dtype are left alone; a float64 model resolves smaller eigenvalues.
@@ -70,7 +75,7 @@ def analyze(
     if hessian.size <= exact_below:
         found = _exact(hessian, newton, wanted)
     else:
-        found = _estimated(hessian, newton, wanted, steps, probes, tolerance, draw)
+        found = _estimated(hessian, newton, wanted, steps, probes, tolerance, draw, checkpoint)
         loose = int((~found["top"].converged).sum())
         if loose:
             notes.append(f"{loose} of the largest eigenvalues are less accurate than asked: see their residuals")
@@ -149,13 +154,15 @@ def _estimated(
     probes: int,
     tolerance: float,
     draw: torch.Generator,
+    checkpoint: str | Path | None,
 ) -> dict[str, Any]:
     start = hessian.probes(max(2, wanted // 2), generator=draw)
     require_symmetric(hessian, start)
     pairs = extreme_eigenpairs(hessian, start, largest=wanted, smallest=2, generator=draw, tolerance=tolerance)
     random = hessian.probes(probes, generator=draw)
     images = hessian(random)
-    spectrum = deflated_quadrature(hessian, pairs, random, steps)
+    run = partial(sharded_lanczos, folder=checkpoint)
+    spectrum = deflated_quadrature(hessian, pairs, random, steps, run=run)
     found = {
         "spectrum": spectrum,
         "top": pairs.select(slice(0, wanted)),

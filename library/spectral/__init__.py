@@ -24,6 +24,7 @@ from library.spectral.operators import (
     dense_matrix,
     require_symmetric,
 )
+from library.spectral.sharded import sharded_lanczos
 from library.spectral.smoothing import (
     cumulative_density,
     deflated_quadrature,
@@ -72,6 +73,7 @@ __all__ = [
     "product",
     "random_probes",
     "require_symmetric",
+    "sharded_lanczos",
     "smoothed_density",
     "spectral_bounds",
     "spectral_grid",

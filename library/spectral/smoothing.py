@@ -6,22 +6,31 @@ only the rest: sharp outliers and a smooth bulk.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.spectral.density import Quadrature, exact_quadrature, lanczos_quadrature
+from library.spectral.density import Quadrature, Tridiagonal, exact_quadrature, lanczos
 from library.spectral.eigen import Eigenpairs
 from library.spectral.trace import Estimate, Operator, product
 
 
-def deflated_quadrature(operator: Operator, pairs: Eigenpairs, probes: Tensor, steps: int) -> Quadrature:
+def deflated_quadrature(
+    operator: Operator,
+    pairs: Eigenpairs,
+    probes: Tensor,
+    steps: int,
+    *,
+    run: Callable[[Operator, Tensor, int], Tridiagonal] = lanczos,
+) -> Quadrature:
     """The spectral density with the eigenpairs exact and Lanczos quadrature on their orthogonal complement.
 
     With P = I - U U^T: nodes are the k values with weight 1/n each and, per probe z, the Gauss nodes of P A P from P z
     with weights that sum to (n - k)/n. With steps >= n - k the operator is diagonalised instead: no error.
-    `probes` has shape (n, p). Raises what `library.spectral.density.lanczos` raises.
+    `probes` has shape (n, p). `run` is the form of Lanczos, such as `library.spectral.sharded.sharded_lanczos` for a
+    basis that is shared over workers. Raises what `library.spectral.density.lanczos` raises.
     """
     n, count = probes.shape
     known = pairs.vectors.shape[1]
@@ -32,11 +41,11 @@ def deflated_quadrature(operator: Operator, pairs: Eigenpairs, probes: Tensor, s
     def outside(block: Tensor) -> Tensor:
         return block - basis @ (basis.mT @ block)
 
-    rest = lanczos_quadrature(lambda block: outside(product(operator, outside(block))), outside(probes), steps)
+    nodes, vectors = run(lambda block: outside(product(operator, outside(block))), outside(probes), steps).eigh()
     values = pairs.values.expand(count, known)
     weights = torch.full_like(values, 1 / n)
     share = (n - known) / n
-    return Quadrature(torch.cat([rest.nodes, values], -1), torch.cat([share * rest.weights, weights], -1))
+    return Quadrature(torch.cat([nodes, values], -1), torch.cat([share * vectors[..., 0, :] ** 2, weights], -1))
 
 
 def smoothed_density(quadrature: Quadrature, points: Tensor, bandwidth: float) -> Estimate:

@@ -131,6 +131,18 @@ def test_estimates_of_a_large_spectrum_agree_with_the_exact_ones(trained):
     torch.testing.assert_close(found.attribution.pairs[:5], exact.attribution.pairs[:5], rtol=1e-4, atol=1e-4)
 
 
+def test_an_interrupted_analysis_goes_on_from_its_lanczos_steps(trained, tmp_path):
+    model, data = trained
+    options = {"exact_below": 0, "probes": 2, "gauss_newton": False, "checkpoint": tmp_path}
+    hessian.analyze(model, F.cross_entropy, data, steps=6, **options)
+    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    found = hessian.analyze(model, F.cross_entropy, data, steps=10, **options)
+    assert len(kept) == 6
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+    once = hessian.analyze(model, F.cross_entropy, data, steps=10, **(options | {"checkpoint": None}))
+    torch.testing.assert_close(found.spectrum.nodes, once.spectrum.nodes, rtol=1e-8, atol=1e-10)
+
+
 def test_the_outliers_are_as_many_as_the_classes_and_lie_in_their_means(trained):
     model, data = trained
     report = hessian.analyze(model, F.cross_entropy, data)

@@ -48,6 +48,7 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
         The report shows the bits and the frontier. Raises PrismError; the last checkpoint stays in every case.
         """
         from jobs.launch import launch
+        from library.hawq.analysis import CONFIDENCE, selection_stability
 
         if self.model is not None:
             return self._published()
@@ -61,6 +62,14 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
             report.tables["bits"] = bits_table(found, plan)
             report.figures["frontier"] = frontier_figure(job.recipe, found, plan)
             report.notes += list(found.notes)
+            stability = selection_stability(found, job.recipe.limit()) if job.recipe.power == 1 else None
+            if stability is not None:
+                report.metrics["stability"] = stability
+                if stability < CONFIDENCE:
+                    report.notes.append(
+                        f"only {stability:.0%} of resampled probes and images choose these bits; more of "
+                        "--probe-images and --probes make the choice surer"
+                    )
         if report.folder is not None and storage.is_local(report.folder):
             report.save(storage.local_path(report.folder))
         return report

@@ -45,7 +45,8 @@ class Sensitivity:
     (nan where they are not known). `perturbation` (layers, bits) is ||Q_b(W) - W||^2 and `omega` (layers, bits) the
     metric itself, never negative. `stability` is the share of resampled probes and batches that would choose the same
     bits. With activations, `activation_trace` (layers,) and `activation_omega` (layers, activation bits) are those of
-    the layers' inputs. `notes` says what was clipped.
+    the layers' inputs. `forms` (batches, probes, layers) are the single estimates behind mean traces, and `shares` the
+    batches' shares of the samples. `notes` says what was clipped.
     """
 
     metric: Metric
@@ -61,6 +62,8 @@ class Sensitivity:
     activation_bits: tuple[int, ...] = ()
     activation_trace: Tensor | None = None
     activation_omega: Tensor | None = None
+    forms: Tensor | None = None
+    shares: Tensor | None = None
     notes: tuple[str, ...] = field(default=())
 
     def table(self, choices: Sequence[BitChoice]) -> np.ndarray:
@@ -132,7 +135,7 @@ def sensitivity(
     found = {"curvature": torch.ones_like(sizes), "probe_error": unknown, "data_error": unknown}
     omega = None
     if known is not None:
-        names = ("curvature", "probe_error", "data_error", "probes", "stability")
+        names = ("curvature", "probe_error", "data_error", "probes", "stability", "forms", "shares")
         found = {name: getattr(known, name) for name in names}
     elif metric in TRACES:
         measure = forms or _forms_here(model, loss, data, weights, metric, seed)
@@ -206,7 +209,21 @@ def _traces(
         "data_error": data_error,
         "probes": forms.shape[1],
         "stability": stability,
+        "forms": forms,
+        "shares": shares,
     }
+
+
+def selection_stability(found: Sensitivity, budget: Budget, *, seed: int = 0) -> float | None:
+    """Share of resampled probes and batches that would choose the same bits within a budget.
+
+    None where no mean traces were measured, or they no longer are what `omega` rests on.
+    """
+    if found.forms is None or found.shares is None:
+        return None
+    decide = _decision(found.perturbation, found.layers, found.bits, budget)
+    generator = torch.Generator().manual_seed(seed)
+    return _stability(found.forms, found.shares, found.curvature, decide, generator)
 
 
 def _stability(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -270,7 +271,7 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
         texts = {LAYOUT: layout_text(model), TASK: json.dumps(task, indent=1)}
         if self.chosen:
             return {}, texts
-        arrays, texts[MEASURED] = as_tensors(self.sensitivity())
+        arrays, texts[MEASURED] = as_tensors(replace(self.sensitivity(), forms=None, shares=None))
         return arrays, texts
 
     def _measure(
@@ -285,6 +286,7 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
                 probes=self.probes,
                 seed=self.seed,
                 forms=forms,
+                budget=self.limit() if self.budget != "latency" else None,
                 **options,
             )
 

@@ -18,7 +18,17 @@ from library.weights import state_tensors
 
 KIND = "hawq-sensitivity"
 MEASURED = "sensitivity.json"  # in an artifact of a quantised network: what its bits were chosen from
-TENSORS = ("curvature", "probe_error", "data_error", "perturbation", "omega", "activation_trace", "activation_omega")
+TENSORS = (
+    "curvature",
+    "probe_error",
+    "data_error",
+    "perturbation",
+    "omega",
+    "forms",
+    "shares",
+    "activation_trace",
+    "activation_omega",
+)
 
 
 def cached(folder: str | Path | None, key: str, measure: Callable[[], Sensitivity]) -> Sensitivity:

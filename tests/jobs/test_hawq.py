@@ -49,6 +49,7 @@ def test_two_workers_give_the_numbers_and_the_bits_of_one(trained, tmp_path, pri
     here = recipe.sensitivity()
     assert table["hessian"].tolist() == pytest.approx(here.curvature.tolist(), rel=1e-4), "measured by tasks"
     assert [entry["weight_bits"] for entry in json.loads(artifact.text("bits.json"))["layers"]] == list(table["bits"])
+    assert 0 <= report.metrics["stability"] <= 1
     assert report.registered == "models:/hawq/1"
     assert len(list((private_home / "hawq").iterdir())) == 1
     assert load_hawq(open_artifact(registry.resolve("models:/hawq@champion"))).classes[9] == "Ankle boot"

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from library import hawq
 from library.errors import InputError
 from library.hawq.activations import ActivationSettings
+from library.hawq.analysis import selection_stability
 from library.hawq.costs import BitChoice
 from library.hawq.network import all_active, quantized_layers, set_active
 from library.images import PlainNet
@@ -117,6 +119,10 @@ def test_probes_stop_when_the_selection_is_stable(network):
     assert coarse.stability >= 0.95 or coarse.probes == 300
     alone = hawq.sensitivity(network, F.cross_entropy, data, probes=300, bits=(2, 8), metric="ggn")
     assert alone.stability is None
+    again = selection_stability(coarse, budget)
+    assert 0.8 <= again <= 1
+    assert selection_stability(coarse, hawq.Budget(fraction=1.0)) == 1, "all bits are the most"
+    assert selection_stability(replace(coarse, forms=None), budget) is None
     assert alone.probes == 300 or (alone.probe_error <= 0.05 * alone.curvature).all()
     assert (alone.data_error > 0).all()
     assert hawq.sensitivity(network, F.cross_entropy, data[:1], probes=5).data_error.isnan().all()

@@ -56,7 +56,8 @@ def test_images_are_classified_as_the_library_does(served, artifact):
         assert list(result["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
     assert answer["bits"] == {entry["name"]: entry["weight_bits"] for entry in found.layout["layers"]}
     plain = ask("classify", {"pixels": images[0, 0].tolist()}, served.url)
-    assert plain["results"][0]["probability"] == pytest.approx(float(expected[0].max()), abs=1e-5)
+    alone = found.probabilities(images[:1])  # in a batch a value on the border of two integers may round the other way
+    assert plain["results"][0]["probability"] == pytest.approx(float(alone.max()), abs=1e-5)
     assert (plain["bits"], plain["results"][0]["probabilities"]) == (None, None)
     assert ask("classify", None, served.url)["results"]
     info = httpx.get(f"{served.url}/classify/info", timeout=30, trust_env=False).text

@@ -1,8 +1,6 @@
 """Prune a causal language model on Ray Train: calibration shared by the workers, epsilon chosen on validation text."""
 
 import json
-import os
-import threading
 import time
 import uuid
 from datetime import datetime
@@ -14,12 +12,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from cluster import connect, registry, storage
-from jobs.board import Board, Poster
+from jobs.board import Poster
 from jobs.farms import DEFAULT_MODEL, place_of_model
 from jobs.job import Job
 from jobs.report import Report
 from jobs.training import Scaling
-from jobs.workers import stand_in
+from jobs.workers import Workers, check_fits
 from library import collective, files, order
 from library.artifact import write_artifact
 from library.errors import InputError, PrismError
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
-LOOK_S = 0.2
 KIND = "farms"
 
 
@@ -87,6 +84,7 @@ class FarmsPruneJob(Job, frozen=True, extra="forbid"):
             raise InputError("scaling.workers: pruning is not elastic; give one number of workers")
         source = place_of_model(self.model)
         connect()
+        check_fits(self.scaling)
         root = self.storage or str(registry.home() / "runs")
         folder = storage.join(root, f"{self.job}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
         pruned, target = self._pruned(str(source), folder)
@@ -130,57 +128,24 @@ class FarmsPruneJob(Job, frozen=True, extra="forbid"):
 
     def _pruned(self, source: str, folder: str) -> tuple[Pruned, str]:
         """Run the workers, and show what they post."""
-        import ray
         from rich.console import Console
 
-        board = ray.remote(num_cpus=0)(Board).remote()
-        ended: list[BaseException | None] = []
-        settings = {"job": self, "source": source, "folder": folder, "board": board, "cwd": os.getcwd()}
-        thread = threading.Thread(target=self._fit, args=(settings, ended), daemon=True)
-        thread.start()
-        console, result = Console(stderr=True), None
-        over = False
-        while not over:
-            over = bool(ended)
-            for event in ray.get(board.take.remote()):
-                if "fault" in event:
-                    raise event["fault"]
-                if "line" in event:
-                    console.print(f"{self.job}: {event['line']}", highlight=False)
-                result = event.get("result", result)
-            if not over:
-                time.sleep(LOOK_S)
-        ray.kill(board)
-        if ended[0] is not None:
-            lines = [line for line in str(ended[0]).splitlines() if line.strip()]
-            first = lines[0] if lines else type(ended[0]).__name__
-            raise PrismError(f"the workers failed: {first}") from ended[0]
-        if result is None:
-            raise PrismError("the workers ended without a result; see Ray's logs")
-        return result
-
-    def _fit(self, settings: dict[str, Any], ended: list[BaseException | None]) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        scaling = self.scaling
+        settings = {"job": self, "source": source, "folder": folder}
+        workers = Workers(_prune, settings, scaling=self.scaling, folder=folder, max_failures=self.max_failures)
+        console = Console(stderr=True)
         try:
-            TorchTrainer(
-                _worker,
-                train_loop_config=settings,
-                torch_config=TorchConfig(timeout_s=1800),
-                scaling_config=ScalingConfig(
-                    num_workers=scaling.workers,
-                    use_gpu=scaling.gpu,
-                    resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpu else {}),
-                ),
-                run_config=RunConfig(
-                    name="ray", storage_path=settings["folder"], failure_config=FailureConfig(self.max_failures)
-                ),
-            ).fit()
-            ended.append(None)
-        except BaseException as error:  # handed to the main thread, which raises it
-            ended.append(error)
+            for events in workers:
+                for event in events:
+                    if "line" in event:
+                        console.print(f"{self.job}: {event['line']}", highlight=False)
+        except PrismError:
+            raise
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise PrismError(f"the workers failed: {lines[0] if lines else type(error).__name__}") from error
+        if isinstance(workers.outcome, PrismError):
+            raise workers.outcome
+        return workers.outcome
 
     def _register(self, report: Report, target: str) -> None:
         name = self.register_as or KIND
@@ -202,14 +167,11 @@ class Prepared(NamedTuple):
     fingerprint: str
 
 
-def _worker(settings: dict[str, Any]) -> None:
-    """One worker: load, prune with the others; the first one writes the artifact."""
-    from ray.train import get_context
+def _prune(settings: dict[str, Any], poster: Poster) -> None:
+    """One worker: load, prune with the others; the first one writes the artifact. A refusal is the outcome."""
     from ray.train.torch import get_device
 
-    stand_in(settings["cwd"])
     job: FarmsPruneJob = settings["job"]
-    poster = Poster(settings["board"] if get_context().get_world_rank() == 0 else None)
     prepared, fault = None, None
     try:
         prepared = prepare(job, settings["source"])
@@ -217,8 +179,7 @@ def _worker(settings: dict[str, Any]) -> None:
         fault = error
     faults = [fault for fault in collective.all_gather(fault) if fault is not None]
     if faults or prepared is None:
-        poster.post(fault=faults[0])
-        poster.flush()
+        poster.post(outcome=faults[0])
         return
     try:
         pruned = prune_causal_lm(
@@ -230,13 +191,10 @@ def _worker(settings: dict[str, Any]) -> None:
             tell=lambda line: poster.post(line=line),
         )
     except PrismError as error:  # the same on every worker
-        poster.post(fault=error)
-        poster.flush()
+        poster.post(outcome=error)
         return
     if collective.rank() == 0:
-        target = _write(job, prepared, pruned, settings["folder"])
-        poster.post(result=(pruned, target))
-    poster.flush()
+        poster.post(outcome=(pruned, _write(job, prepared, pruned, settings["folder"])))
     collective.barrier()
 
 

@@ -59,7 +59,7 @@ def recipe_of(artifact: Artifact) -> Recipe:
 
 
 def analyse_artifact(
-    name: str, settings: Analysis, *, seed: int, workers: int, cpus: float, gpu: bool
+    name: str, settings: Analysis, *, seed: int, workers: int, cpus: float, gpu: bool, retries: int
 ) -> HessianReport:
     """The report of an artifact (a folder or models:/NAME/VERSION), without eigenvectors.
 

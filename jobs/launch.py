@@ -119,7 +119,7 @@ class Tracking:
 
 def _follow(job: "TrainingJob", folder: str, name: str, tracking: Tracking) -> "tuple[Outcome, list[str]]":
     """Run the workers, and show what they post until they end; their outcome and notes."""
-    workers, notes, asked = Workers(job, folder), [], False
+    workers, notes, asked = Workers.of(job, folder), [], False
     with (
         Display(name, job.recipe.steps, job.recipe.unit, device=_accelerator(job)) as display,
         _interrupts() as interrupts,

@@ -113,7 +113,7 @@ def _train_here(job: "TrainingJob", folder: str, collector: _Collector) -> "Outc
 
 
 def _train_with_workers(job: "TrainingJob", folder: str, collector: _Collector) -> "Outcome":
-    workers = Workers(job, folder)
+    workers = Workers.of(job, folder)
     for events in workers:
         for event in events:
             collector.post(**event)

@@ -4,29 +4,34 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
 
 from jobs.board import Board, Poster
 from library.errors import InputError, PrismError
 
 if TYPE_CHECKING:
-    from jobs.training import Outcome, TrainingJob
+    from jobs.training import Scaling, TrainingJob
 
 LOOK_S = 0.2  # between two looks at the board
 
 
 def check_room(job: "TrainingJob") -> None:
     """Raise InputError when the cluster cannot hold the job's workers, or the batch has no sample for each."""
-    import ray
-
-    workers = job.scaling.workers if isinstance(job.scaling.workers, int) else job.scaling.workers[0]
+    workers = _least(job.scaling)
     if job.recipe.batch_size < workers:
         raise InputError(f"batch_size {job.recipe.batch_size} is less than the {workers} workers; each needs a sample")
-    if job.scaling.autoscale:
+    check_fits(job.scaling)
+
+
+def check_fits(scaling: "Scaling") -> None:
+    """Raise InputError that says what there is when the cluster cannot hold the workers and does not grow for them."""
+    import ray
+
+    if scaling.autoscale:
         return
-    there = ray.cluster_resources()
-    needs = {"CPU": job.scaling.cpus_per_worker} | ({"GPU": 1.0} if job.scaling.gpu else {})
+    workers, there = _least(scaling), ray.cluster_resources()
+    needs = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.gpu else {})
     for kind, each in needs.items():
         room = int(there.get(kind, 0) // each)
         if room < workers:
@@ -36,23 +41,44 @@ def check_room(job: "TrainingJob") -> None:
             )
 
 
-class Workers:
-    """A job's workers, which a thread of this process runs through Ray Train while the iteration goes on."""
+def _least(scaling: "Scaling") -> int:
+    return scaling.workers if isinstance(scaling.workers, int) else scaling.workers[0]
 
-    def __init__(self, job: "TrainingJob", folder: str) -> None:
+
+class Workers:
+    """A function run by Ray Train on several workers, in a thread of this process while the iteration goes on."""
+
+    def __init__(
+        self,
+        work: Callable[[dict[str, Any], Poster], None],
+        settings: dict[str, Any],
+        *,
+        scaling: "Scaling",
+        folder: str,
+        max_failures: int,
+    ) -> None:
+        """`work(settings, poster)` is called on every worker; rank 0's poster reaches the iteration."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.outcome: Outcome | None = None
+        self.outcome: Any = None
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         self._ended: list[BaseException | None] = []
-        self._thread = threading.Thread(target=self._fit, args=(job, folder), daemon=True)
+        config = {"work": work, "settings": settings, "board": self._board, "cwd": os.getcwd()}
+        self._thread = threading.Thread(target=self._fit, args=(config, scaling, folder, max_failures), daemon=True)
+
+    @classmethod
+    def of(cls, job: "TrainingJob", folder: str) -> Self:
+        """The workers of a training job, whose `outcome` is the loop's."""
+        return cls(
+            _train, {"job": job, "folder": folder}, scaling=job.scaling, folder=folder, max_failures=job.max_failures
+        )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Start the workers, and yield what they posted since the last look, often an empty list, until they end.
 
-        `outcome` is set after that. Raises what Ray Train raised.
+        `outcome` is set once one was posted. Raises what Ray Train raised, and PrismError when none was.
         """
         import ray
 
@@ -76,17 +102,16 @@ class Workers:
         """Ask the workers to save after the step they are in, and to end."""
         self._board.stop.remote()
 
-    def _fit(self, job: "TrainingJob", folder: str) -> None:
+    def _fit(self, config: dict[str, Any], scaling: "Scaling", folder: str, max_failures: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-        scaling = job.scaling
         try:
             TorchTrainer(
-                _worker,
-                train_loop_config={"job": job, "folder": folder, "board": self._board, "cwd": os.getcwd()},
+                _work,
+                train_loop_config=config,
                 torch_config=TorchConfig(timeout_s=1800),
                 scaling_config=ScalingConfig(
                     num_workers=scaling.workers,
@@ -97,7 +122,7 @@ class Workers:
                 run_config=RunConfig(
                     name=f"ray-{uuid.uuid4().hex[:8]}",
                     storage_path=folder,
-                    failure_config=FailureConfig(max_failures=job.max_failures),
+                    failure_config=FailureConfig(max_failures=max_failures),
                 ),
             ).fit()
             self._ended.append(None)
@@ -111,16 +136,20 @@ def stand_in(cwd: str) -> None:
         os.chdir(cwd)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One worker of the training: the loop, and its outcome on the board."""
+def _work(config: dict[str, Any]) -> None:
+    """One worker's part: its board is rank 0's alone."""
     from ray.train import get_context
+
+    stand_in(config["cwd"])
+    poster = Poster(config["board"] if get_context().get_world_rank() == 0 else None)
+    config["work"](config["settings"], poster)
+    poster.flush()
+
+
+def _train(settings: dict[str, Any], poster: Poster) -> None:
+    """One worker of a training: the loop, and its outcome on the board."""
     from ray.train.torch import get_device
 
     from jobs.training import train
 
-    stand_in(config["cwd"])
-    device = get_device()
-    poster = Poster(config["board"] if get_context().get_world_rank() == 0 else None)
-    outcome = train(config["job"], config["folder"], device, poster)
-    poster.post(outcome=outcome)
-    poster.flush()
+    poster.post(outcome=train(settings["job"], settings["folder"], get_device(), poster))

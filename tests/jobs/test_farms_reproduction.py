@@ -41,7 +41,10 @@ def test_outcomes_follow_from_the_numbers():
         for arm, value in (("uniform", 0.6), ("plain", 0.4), ("FARMS", 0.5), ("FARMS, shuffled", 0.45))
     ]
     claim = pruning_claim(pd.DataFrame(rows), Study())
-    assert claim.verdict == "FARMS above plain: holds in all 2 cases"
+    assert claim.verdict == (
+        "FARMS above plain: holds in all 2 cases; "
+        "above the same exponents shuffled over the layers: holds in all 2 cases"
+    )
     assert claim.findings[0].startswith(
         "wanda, FARMS minus uniform -10.0 points (0 of 1 above 0); minus plain 10.0 points"
     )

@@ -6,6 +6,7 @@ from cluster import connect, registry, storage
 from jobs.report import Report
 from jobs.training import TrainingJob
 from library.hawq.recipe import HawqRecipe
+from library.images.networks import is_pretrained
 from library.images.recipe import ClassifierRecipe
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
         """The job with weights that exist and a sensitivity that is known; None when training them was stopped."""
         recipe = self.recipe
         changes: dict[str, Any] = {"cache": recipe.cache or str(registry.home() / "hawq")}
-        if recipe.weights is None:
+        if recipe.weights is None and not is_pretrained(recipe.classifier.network):
             trained = self._classifier().run()
             if trained.artifact is None:
                 return None
             changes["weights"] = trained.artifact
-        elif not storage.is_local(recipe.weights) or recipe.weights.startswith("models:"):
+        elif recipe.weights is not None:
             changes["weights"] = str(registry.resolve(recipe.weights, kind=ClassifierRecipe.kind))
         recipe = recipe.model_copy(update=changes)
         if not recipe.chosen or recipe.stages > 1:

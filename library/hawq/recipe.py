@@ -28,9 +28,11 @@ from library.hawq.plan import BitPlan, Budget, BudgetKind, frontier
 from library.hawq.quantizers import WeightQuantizer
 from library.hawq.store import MEASURED, as_tensors, cached, content_key, tempered
 from library.images.data import ImageBatch, load_images, stacked
+from library.images.networks import image_network, is_pretrained
 from library.images.recipe import ClassifierRecipe, accuracy, load_classifier
 from library.recipe import Recipe, Splits, unwrap
 
+CONFIG = "config.json"  # in an artifact: the configuration of a network of transformers
 TASK = "task.json"  # in an artifact: shape and scaling of its images, class names, temperature
 
 
@@ -125,6 +127,8 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
             raise ValueError("bits: at least one bit number, each once")
         if self.budget == "latency" and self.latency_table is None:
             raise ValueError("latency_table: budget=latency needs one")
+        if self.stages > 1 and not set(self.chosen) <= set(self.bits):
+            raise ValueError("chosen: with stages the chosen bits must be among `bits`, so that layers can be ranked")
         return self
 
     def datasets(self) -> Splits:
@@ -135,7 +139,7 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
 
         Raises InputError when there are no weights, or they are of another classifier.
         """
-        if self.weights is None:
+        if self.weights is None and not is_pretrained(self.classifier.network):
             raise InputError("weights: name the artifact of a trained classifier; `prism run hawq` trains one itself")
         return _folded(self.weights, self.classifier.network, self.classifier.images, self.classifier.image_size)
 
@@ -226,7 +230,8 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
             return {"loss": labels, **parts}
         with torch.no_grad():
             self.network()  # refuses what is not there
-            teacher = _teacher(self.weights, batch.pixels.device)(batch.pixels).float() / self.temperature
+            made_of = (self.weights, self.classifier.network, self.classifier.images, self.classifier.image_size)
+            teacher = _teacher(*made_of, batch.pixels.device)(batch.pixels).float() / self.temperature
         apart = F.kl_div(
             (logits / self.temperature).log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
         )
@@ -269,6 +274,8 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
         found = fit_temperature(logits, labels)
         task = {"shape": data.shape, "mean": data.mean, "std": data.std, "classes": data.classes} | found
         texts = {LAYOUT: layout_text(model), TASK: json.dumps(task, indent=1)}
+        if is_pretrained(self.classifier.network):
+            texts[CONFIG] = model.network.config.to_json_string(use_diff=False)
         if self.chosen:
             return {}, texts
         arrays, texts[MEASURED] = as_tensors(replace(self.sensitivity(), forms=None, shares=None))
@@ -305,10 +312,9 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
 
 
 @lru_cache(maxsize=4)
-def _folded(weights: str, network: str, images: str, size: int) -> nn.Module:
-    artifact = open_artifact(weights)
-    model, recipe = load_classifier(artifact)
-    if (recipe.network, recipe.images) != (network, images):
+def _folded(weights: str | None, network: str, images: str, size: int) -> nn.Module:
+    model, recipe = _full_precision(weights, network, images, size)
+    if recipe is not None and (recipe.network, recipe.images) != (network, images):
         raise InputError(
             f"weights: {weights} is a {recipe.network} on {recipe.images}, not the {network} on {images} asked for"
         )
@@ -317,10 +323,20 @@ def _folded(weights: str, network: str, images: str, size: int) -> nn.Module:
     return model
 
 
+def _full_precision(
+    weights: str | None, network: str, images: str, size: int
+) -> tuple[nn.Module, ClassifierRecipe | None]:
+    """The network of an artifact with its recipe, or a pre-trained one, in evaluation mode."""
+    if weights is not None:
+        return load_classifier(open_artifact(weights))
+    data = load_images(images, size=size)
+    return image_network(network, data.shape[0], len(data.classes)).eval(), None
+
+
 @lru_cache(maxsize=2)
-def _teacher(weights: str, device: torch.device) -> nn.Module:
+def _teacher(weights: str | None, network: str, images: str, size: int, device: torch.device) -> nn.Module:
     """The full-precision network on a device."""
-    return load_classifier(open_artifact(weights))[0].to(device).requires_grad_(False)
+    return _full_precision(weights, network, images, size)[0].to(device).requires_grad_(False)
 
 
 def _dropped(step: int, *, edge: float) -> float:

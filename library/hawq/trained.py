@@ -14,9 +14,9 @@ from library.hawq.costs import BitChoice
 from library.hawq.layers import fold_batch_norm
 from library.hawq.network import converted
 from library.hawq.packing import LAYOUT, load_packed
-from library.hawq.recipe import TASK, HawqRecipe
+from library.hawq.recipe import CONFIG, TASK, HawqRecipe
 from library.hawq.store import MEASURED, from_tensors
-from library.images.networks import image_network
+from library.images.networks import image_network, is_pretrained, network_from_config
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ def load_hawq(artifact: Artifact) -> QuantizedClassifier:
     try:
         recipe = HawqRecipe.model_validate(artifact.recipe)
         layout, task = json.loads(artifact.text(LAYOUT)), json.loads(artifact.text(TASK))
-        model = image_network(recipe.classifier.network, task["shape"][0], len(task["classes"])).eval()
+        if is_pretrained(recipe.classifier.network):
+            model = network_from_config(artifact.text(CONFIG)).eval()
+        else:
+            model = image_network(recipe.classifier.network, task["shape"][0], len(task["classes"])).eval()
         fold_batch_norm(model, torch.zeros(2, *task["shape"]))
         choices = {
             entry["name"]: BitChoice(entry["weight_bits"], entry["input_bits"] or 32) for entry in layout["layers"]

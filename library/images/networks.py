@@ -1,6 +1,8 @@
 """Small networks for images: a plain convolutional one with batch norm, and residual ones as in the CIFAR papers."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,12 +99,53 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+class Logits(nn.Module):
+    """An image classifier of transformers as a network from pixels to logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(pixel_values=x).logits
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether a network is a folder or hub name of transformers, such as microsoft/resnet-50, with its own weights."""
+    return name not in NETWORKS and ("/" in name or (Path(name) / "config.json").is_file())
+
+
+def network_from_config(text: str) -> nn.Module:
+    """A network of the configuration of transformers in `text`, with random weights."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    content = json.loads(text)
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    return Logits(AutoModelForImageClassification.from_config(config))
+
+
 def image_network(name: str, channels: int = 1, classes: int = 10) -> nn.Module:
-    """A new network by name, with torch's random numbers as they stand. Raises InputError that lists the names.
+    """A network by name: a new one, with torch's random numbers as they stand, or a pre-trained one of transformers.
+
+    Raises InputError that lists the names, and for a pre-trained one that cannot be read or has other classes.
 
     >>> sum(p.numel() for p in image_network("cnn8").parameters())
     79642
     """
+    if is_pretrained(name):
+        return _pretrained(name, classes)
     if name not in NETWORKS:
-        raise InputError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}")
+        raise InputError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}, folders and hub names")
     return NETWORKS[name](channels, classes)
+
+
+def _pretrained(name: str, classes: int) -> nn.Module:
+    from transformers import AutoModelForImageClassification
+
+    try:
+        network = AutoModelForImageClassification.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"network {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if network.config.num_labels != classes:
+        raise InputError(f"network {name!r} knows {network.config.num_labels} classes, the images have {classes}")
+    return Logits(network)

@@ -38,7 +38,7 @@ class ClassifierRecipe(Recipe, frozen=True, extra="forbid"):
     """Images per optimiser step over all workers."""
 
     network: str = "cnn8"
-    """cnn8 (seven convolutions and a linear layer), resnet20, resnet32 or resnet56."""
+    """cnn8 (seven convolutions, a linear layer), resnet20, -32, -56, or a folder or hub name OWNER/NAME."""
     images: str = "fashion-mnist"
     """fashion-mnist (shipped), an NPZ file, a folder with idx files, or one with train and val folders of classes."""
     image_size: PositiveInt = 224

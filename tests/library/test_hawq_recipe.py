@@ -1,8 +1,12 @@
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from library.artifact import open_artifact, write_artifact
 from library.errors import ArtifactError, InputError
@@ -13,6 +17,7 @@ from library.hawq.quantizers import WeightQuantizer
 from library.hawq.recipe import HawqRecipe
 from library.hawq.store import load_sensitivity, save_sensitivity, tempered
 from library.hawq.trained import load_hawq
+from library.images import image_network
 from library.images.data import stacked
 from library.images.recipe import ClassifierRecipe, load_classifier
 from library.recipe import fit, seeded_model
@@ -183,6 +188,37 @@ def test_recipes_that_cannot_work_are_refused(trained):
         recipe(trained, ends=7, curvature="unweighted").plan()
     with pytest.raises(InputError, match="is a cnn8 on fashion-mnist, not the resnet20"):
         recipe(trained, classifier=ClassifierRecipe(network="resnet20")).model()
+
+
+def test_a_network_of_transformers_on_a_folder_of_images_is_quantised(tmp_path):
+    generator = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(12):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{i}.png")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
+    torch.manual_seed(0)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    classifier = ClassifierRecipe(
+        network=str(tmp_path / "resnet"), images=str(tmp_path / "images"), image_size=32, validation_fraction=0.25
+    )
+    changes = {"classifier": classifier, "probe_images": 8, "probe_batch": 4, "batch_size": 4, "steps": 2}
+    made = HawqRecipe(**(SMALL | changes))
+    artifact = fit(made, path=tmp_path / "a", device="cpu")
+    assert len(made.plan().bits) == 7
+    shutil.rmtree(tmp_path / "resnet")
+    found = load_hawq(artifact)
+    assert found.classes == ("cat", "dog")
+    assert found.probabilities(made.datasets().test[0][0][None]).shape == (1, 2)
+    with pytest.raises(InputError, match="knows 2 classes, the images have 10"):
+        image_network_of(config, tmp_path)
+
+
+def image_network_of(config, folder):
+    ResNetForImageClassification(config).save_pretrained(folder / "again")
+    return image_network(str(folder / "again"), 3, 10)
 
 
 def test_a_damaged_or_foreign_artifact_is_refused(trained, tmp_path):

@@ -46,16 +46,16 @@ class Analysis(BaseModel, frozen=True, extra="forbid"):
 
 def recipe_of(artifact: Artifact) -> Recipe:
     """The recipe that made an artifact, through the training job of its kind. Raises InputError when there is none."""
-    kinds = {}
-    for name in JOBS:
+    kinds = []
+    for name in sorted(JOBS, key=lambda name: name != artifact.kind):  # a method's main job has its name
         job = job_class(name)
         if issubclass(job, TrainingJob):
             recipe = job.model_fields["recipe"].annotation
-            kinds[recipe.kind] = recipe
-    if artifact.kind not in kinds:
-        known = ", ".join(sorted(kinds))
-        raise InputError(f"an artifact of {artifact.kind!r} was not trained by a recipe; those of {known} are")
-    return kinds[artifact.kind].model_validate(artifact.recipe)
+            if recipe.kind == artifact.kind:
+                return recipe.model_validate(artifact.recipe)
+            kinds.append(recipe.kind)
+    known = ", ".join(sorted(set(kinds)))
+    raise InputError(f"an artifact of {artifact.kind!r} was not trained by a recipe; those of {known} are")
 
 
 def analyse_artifact(
@@ -73,7 +73,7 @@ def analyse_artifact(
     check_fits(scaling)
     with tempfile.TemporaryDirectory(prefix="prism-hessian-") as folder:
         task = {"name": name, "settings": settings, "seed": seed}
-        running = Workers(_analyse, task, scaling=scaling, folder=folder, max_failures=0)
+        running = Workers(_analyse, task, scaling=scaling, folder=folder, max_failures=retries)
         for _ in running:
             pass
     if isinstance(running.outcome, PrismError):

@@ -58,7 +58,7 @@ class CurvatureOperator(ABC):
         *,
         parameters: Iterable[str] | None = None,
         count: Callable[[Any], int] = len,
-        chunk: int = 16,
+        chunk: int = 8,
     ) -> None:
         if isinstance(data, Iterator):
             raise InputError("data: a generator or iterator can be read only once; give a list or a data loader")

@@ -43,23 +43,6 @@ def overview(ranks: "pd.DataFrame", settings: "pd.DataFrame", study: Study) -> "
     return drawn
 
 
-def traces(found: "pd.DataFrame") -> "Figure":
-    """The mean trace of each layer with its standard errors, a line per seed."""
-    drawn = _figure(9.6, 3.4)
-    axis = drawn.subplots()
-    for seed, rows in found.groupby("seed"):
-        error = np.hypot(rows["probe_error"], rows["data_error"].fillna(0))
-        axis.errorbar(
-            rows["layer"], rows["mean_trace"], error, marker="o", ms=4, lw=1.2, capsize=2, label=f"seed {seed}"
-        )
-    axis.set_yscale("log", nonpositive="clip")
-    axis.set_ylabel("Tr(H) / n")
-    axis.tick_params(axis="x", labelrotation=20)
-    axis.legend(frameon=False, fontsize=8)
-    _tidy(axis)
-    return drawn
-
-
 def validity(checks: "pd.DataFrame") -> "Figure":
     """The true change of the loss against Omega / 2; between the dotted lines they agree within a factor of 4."""
     drawn = _figure(5.6, 4.2)

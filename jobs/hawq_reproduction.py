@@ -68,7 +68,6 @@ class HawqReproduction(Reproduction, frozen=True, extra="forbid"):
         }
         figures = {
             "hawq": hawq_figures.overview(tables["ranks"], tables["settings"], self.study),
-            "hawq-traces": hawq_figures.traces(tables["traces"]),
             "hawq-validity": hawq_figures.validity(tables["validity"]),
         }
         return Outcome(

@@ -110,7 +110,7 @@ def test_the_reproduction_writes_its_document(tmp_path):
     report = HawqReproduction.quick(out=tmp_path).run()
     text = (tmp_path / "hawq.md").read_text()
     assert "prism reproduce hawq --seeds 0" in text
-    for figure in ("hawq", "hawq-traces", "hawq-validity"):
+    for figure in ("hawq", "hawq-validity"):
         assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
         assert f"({figure}.png)" in text
     settings = report.tables["settings"]

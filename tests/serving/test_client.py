@@ -93,8 +93,8 @@ def test_nobody_there_and_nonsense_are_told_apart(free_port):
     for payload in ({"text": object()}, {"temperature": float("nan")}):
         with pytest.raises(InputError, match="the payload is not JSON"):
             ask("score", payload, f"http://127.0.0.1:{port}")
-    with pytest.raises(InputError, match="no endpoint 'classify'; there are hallucination, score"):
-        ask("classify", None)
+    with pytest.raises(InputError, match="no endpoint 'clarify'; there are hallucination, score"):
+        ask("clarify", None)
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for(server):

@@ -4,7 +4,7 @@ import json
 import signal
 import socket
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,13 +123,14 @@ class ClusterLocal:
 
     def __call__(self) -> int:
         from cluster.local import LocalCluster
+        from jobs.interrupts import counted_interrupts
 
-        with LocalCluster(self.nodes, self.cpus_per_node) as local:
-            terminate_like_interrupt()
+        with LocalCluster(self.nodes, self.cpus_per_node) as local, counted_interrupts() as interrupts:
             print(f"{local.connection}", flush=True)
             print(f"use it: prism run send --workers 2 --address {local.address}    stop: Ctrl-C", flush=True)
-            threading.Event().wait()
-        return SUCCESS
+            while not interrupts:
+                time.sleep(0.2)
+        raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

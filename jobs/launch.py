@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import signal
-import threading
 import time
 import traceback
 import uuid
@@ -18,6 +16,7 @@ from jobs import curves
 from jobs.checkpoint import Checkpoint, best_checkpoint, complete, model_weights
 from jobs.display import Display
 from jobs.history import read_history
+from jobs.interrupts import counted_interrupts
 from jobs.report import Report
 from jobs.workers import Workers, check_room, stand_in
 from library import files
@@ -122,7 +121,7 @@ def _follow(job: "TrainingJob", folder: str, name: str, tracking: Tracking) -> "
     workers, notes, asked = Workers.of(job, folder), [], False
     with (
         Display(name, job.recipe.steps, job.recipe.unit, device=_accelerator(job)) as display,
-        _interrupts() as interrupts,
+        counted_interrupts() as interrupts,
     ):
         for events in workers:
             for event in events:
@@ -237,23 +236,6 @@ def _write_result(job: "TrainingJob", folder: str, cwd: str) -> str:
         if not storage.is_local(target):
             storage.upload_folder(local, target, last="artifact.json")
     return target
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Inside the block SIGINT and SIGTERM are only counted; outside the main thread they are left alone."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-    before = {
-        kind: signal.signal(kind, lambda number, _: seen.append(number)) for kind in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield seen
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _saved(checkpoints: list[str]) -> str:

@@ -6,7 +6,7 @@ what a user of this project runs, and are shown beside it.
 
     python benchmarks/farms.py [--sizes 512x512 1024x256 ...] [--repeat N] [--threads N] [--out FILE.json]
 
-WeightWatcher is no dependency of the project: install it beside it (`pip install weightwatcher`).
+WeightWatcher comes with the extra `bench`; `make bench` installs it.
 """
 
 import argparse

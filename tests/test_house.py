@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("library", "cluster", "tune_spaces", "jobs", "serving")
 TOOLS = {"pytest", "pytest-timeout", "import-linter", "ruff"}  # run, not imported
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BROUGHT = {"starlette": "fastapi", "grpcio": "ray", "sqlalchemy": "mlflow"}  # parts of a dependency's own interface
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
+BENCH_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["bench"]]
 FLAGGED = {
     **{f"run {name}": lambda name=name: job_class(name) for name in JOBS},
     **{f"tune {name}": lambda name=name: tune_job(name) for name in SPACES},
@@ -48,7 +50,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     assert not [version for version in pins.values() if "+" in version]  # a local build cannot be had elsewhere
-    for requirement in DEPENDENCIES + TEST_DEPENDENCIES:
+    for requirement in DEPENDENCIES + TEST_DEPENDENCIES + BENCH_DEPENDENCIES:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
@@ -72,6 +74,20 @@ def test_every_dependency_is_imported_and_says_what_for() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     silent = [need.name for need in DEPENDENCIES + TEST_DEPENDENCIES if not re.search(f'"{need.name}[^#\n]+# ', text)]
     assert not silent
+
+
+def test_every_import_is_of_a_dependency() -> None:
+    declared = {canonicalize_name(need.name) for need in DEPENDENCIES} | set(BROUGHT) | {PROJECT["name"]}
+    distributions = packages_distributions()
+    foreign = {
+        (str(file.relative_to(ROOT)), module)
+        for file in tracked()
+        if file.suffix == ".py" and file.relative_to(ROOT).parts[0] in (*FLOORS, "prism.py")
+        for module in re.findall(r"^\s*(?:import|from) ([A-Za-z_]\w*)", file.read_text(), re.MULTILINE)
+        if module in distributions and not declared & set(map(canonicalize_name, distributions[module]))
+    }
+    assert not foreign
+    assert set(BROUGHT.values()) <= declared
 
 
 @pytest.mark.parametrize("floor", FLOORS)

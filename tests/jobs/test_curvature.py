@@ -1,11 +1,9 @@
 """Following curvature in a training: the true eigenvalues, cheaply, and a training that does not notice."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from jobs import checkpoint as checkpoints
@@ -18,14 +16,7 @@ from library.spectral import dense_matrix
 from library.weights import load_tensors
 from tests.jobs.toy import ToyRecipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone."""
-    meet = tmp_path_factory.mktemp("group") / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def run(folder: Path, every: int | None) -> checkpoints.Checkpoint:

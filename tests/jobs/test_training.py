@@ -1,12 +1,10 @@
 """The loop on one worker: resuming is exact, nothing non-finite is learned, an evaluation may fail."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from jobs import checkpoint as checkpoints
 from jobs.board import Poster
@@ -16,14 +14,7 @@ from library.errors import InputError
 from library.recipe import fit
 from tests.jobs.toy import ToyRecipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone."""
-    meet = tmp_path_factory.mktemp("group") / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 class Notes(Poster):

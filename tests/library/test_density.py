@@ -22,23 +22,13 @@ from library.spectral.density import (
     spectral_bounds,
 )
 from library.spectral.trace import Estimate, random_probes
+from tests.library.matrices import generator, with_spectrum
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "send" / "eigenscore_ees.npz")
 
 
 def golden(name: str) -> torch.Tensor:
     return torch.from_numpy(np.asarray(GOLDEN[name]))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def with_spectrum(spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    n = len(spectrum)
-    q = torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64)).Q
-    a = (q * spectrum) @ q.mT
-    return (a + a.mT) / 2
 
 
 def spread(n: int, seed: int = 0) -> torch.Tensor:

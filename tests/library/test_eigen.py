@@ -13,19 +13,9 @@ from library.errors import InputError
 from library.spectral import eigen
 from library.spectral.eigen import extreme_eigenpairs
 from library.spectral.trace import random_probes
+from tests.library.matrices import generator, with_spectrum
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "hessian" / "matrix_methods.npz")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def with_spectrum(spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    n = len(spectrum)
-    q = torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64)).Q
-    a = (q * spectrum) @ q.mT
-    return (a + a.mT) / 2
 
 
 def start(n: int, columns: int, seed: int = 5) -> torch.Tensor:

@@ -24,12 +24,9 @@ from library.hessian.outliers import above_the_negative_side, beyond_the_bulk, l
 from library.hessian.toy import Descent, blobs, circles, moons, perceptron, train_together
 from library.spectral import GaussNewton, GradientCovariance, Hessian, dense_matrix
 from library.spectral.density import Quadrature
+from tests.library.matrices import generator
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hessian"
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def squares(output: Tensor, target: Tensor) -> Tensor:

@@ -24,12 +24,9 @@ from library.spectral.operators import (
     dense_matrix,
     require_symmetric,
 )
+from tests.library.matrices import generator
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hessian"
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def squares(output: Tensor, target: Tensor) -> Tensor:

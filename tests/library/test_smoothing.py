@@ -25,6 +25,7 @@ from library.spectral.smoothing import (
     wasserstein_distance,
 )
 from library.spectral.trace import random_probes
+from tests.library.matrices import generator
 
 FOLDER = Path(__file__).parents[1] / "golden" / "hessian"
 METHODS, NETWORK = np.load(FOLDER / "matrix_methods.npz"), np.load(FOLDER / "pyhessian_mlp.npz")
@@ -36,10 +37,6 @@ def methods(name: str) -> torch.Tensor:
 
 def network(name: str) -> torch.Tensor:
     return torch.from_numpy(np.asarray(NETWORK[name])).double()
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def spike_and_bulk(n: int = 400) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,16 +20,13 @@ from library.spectral.trace import (
     random_probes,
     xtrace,
 )
+from tests.library.matrices import generator, spike_and_bulk
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "hessian" / "matrix_methods.npz")
 
 
 def golden(name: str) -> torch.Tensor:
     return torch.from_numpy(np.asarray(GOLDEN[name])).double()
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def symmetric(n: int, seed: int = 0) -> torch.Tensor:
@@ -112,9 +109,7 @@ def test_hutch_plus_plus_is_exact_up_to_the_sketched_rank():
 
 def test_hutch_plus_plus_is_unbiased_and_beats_hutchinson_on_a_spike_and_bulk():
     n = 60
-    q = torch.linalg.qr(torch.randn(n, n, generator=generator(), dtype=torch.float64)).Q
-    spectrum = torch.cat([torch.tensor([100.0, 80, 60, 40]), torch.rand(n - 4, generator=generator())]).double()
-    a = (q * spectrum) @ q.mT
+    a = spike_and_bulk(n)
     plus = hutch_plus_plus(a, random_probes(n, 12, generator=generator(1), batch=(300,)))
     plain = hutchinson(a, random_probes(n, 18, generator=generator(1), batch=(300,)))  # as many products
     error = plus.value - a.trace()
@@ -161,9 +156,7 @@ def test_xtrace_is_exact_up_to_one_rank_less_than_its_probes(rank):
 
 def test_xtrace_is_unbiased_with_an_honest_error_and_beats_hutchinson_on_a_spike_and_bulk():
     n = 60
-    q = torch.linalg.qr(torch.randn(n, n, generator=generator(), dtype=torch.float64)).Q
-    spectrum = torch.cat([torch.tensor([100.0, 80, 60, 40]), torch.rand(n - 4, generator=generator())]).double()
-    a = (q * spectrum) @ q.mT
+    a = spike_and_bulk(n)
     found = xtrace(a, random_probes(n, 9, generator=generator(1), batch=(400,)))
     plain = hutchinson(a, random_probes(n, 18, generator=generator(1), batch=(400,)))  # as many products
     error = found.value - a.trace()

@@ -99,7 +99,7 @@ class FarmsPruneJob(Job, frozen=True, extra="forbid"):
         )
         if pruned.choices:
             report.tables["epsilon"] = _choices(pruned)
-        self._register(report, target)
+        report.register(self.register_as or KIND, champion=self.champion)
         report.seconds = time.monotonic() - began
         if storage.is_local(folder):
             report.folder = str(report.save(storage.local_path(folder) / "report"))
@@ -146,16 +146,6 @@ class FarmsPruneJob(Job, frozen=True, extra="forbid"):
         if isinstance(workers.outcome, PrismError):
             raise workers.outcome
         return workers.outcome
-
-    def _register(self, report: Report, target: str) -> None:
-        name = self.register_as or KIND
-        try:
-            version = registry.register(registry.resolve(target), name)
-            if self.champion or not any("champion" in known.aliases for known in registry.list_versions(name)):
-                registry.set_alias(name, "champion", version)
-            report.registered = f"models:/{name}/{version}"
-        except PrismError as error:
-            report.notes.append(str(error))
 
 
 class Prepared(NamedTuple):

@@ -197,17 +197,8 @@ def keep_result(job: "TrainingJob", folder: str, report: Report, tracking: Track
 
     gpus = 1 if job.scaling.gpu else 0
     write = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_write_result)
-    place = ray.get(write.remote(job, folder, os.getcwd()))
-    report.artifact = place
-    model = job.register_as or job.recipe.kind
-    try:
-        local = registry.resolve(place)
-        version = registry.register(local, model, run=tracking.run)
-        if job.champion or not any("champion" in known.aliases for known in registry.list_versions(model)):
-            registry.set_alias(model, "champion", version)
-        report.registered = f"models:/{model}/{version}"
-    except PrismError as error:
-        report.notes.append(str(error))
+    report.artifact = ray.get(write.remote(job, folder, os.getcwd()))
+    report.register(job.register_as or job.recipe.kind, run=tracking.run, champion=job.champion)
 
 
 def _write_result(job: "TrainingJob", folder: str, cwd: str) -> str:

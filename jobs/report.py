@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library import files
+from library.errors import PrismError
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from rich.console import Console
+
+    from cluster.registry import Run
 
 
 @dataclass
@@ -52,6 +55,23 @@ class Report:
             content = self.summary() | {"config": dict(self.config)}
             (target / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         return folder
+
+    def register(self, model: str, *, run: "Run | None" = None, champion: bool = False) -> None:
+        """Register the artifact as a version of `model`; a registry that fails costs a note, never the artifact.
+
+        With `champion`, or as the first version of its model, it becomes what endpoints serve.
+        """
+        from cluster import registry
+
+        if self.artifact is None:
+            raise ValueError("a report without an artifact has nothing to register")
+        try:
+            version = registry.register(registry.resolve(self.artifact), model, run=run)
+            if champion or not any("champion" in known.aliases for known in registry.list_versions(model)):
+                registry.set_alias(model, "champion", version)
+            self.registered = f"models:/{model}/{version}"
+        except PrismError as error:
+            self.notes.append(str(error))
 
     def show(self, console: "Console") -> None:
         """Print the metrics, the small tables, and where things are."""

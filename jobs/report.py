@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from rich.console import Console
+    from rich.table import Table
 
     from cluster.registry import Run
 
@@ -83,13 +84,33 @@ class Report:
         console.print(metrics)
         for name, frame in self.tables.items():
             if len(frame) <= 40 and name != "curves":
-                table = Table(*map(str, frame.columns), title=name, title_justify="left")
-                for row in frame.itertuples(index=False):
-                    table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-                console.print(table)
+                console.print(_fitting(name, frame, console.width))
         for note in self.notes:
             console.print(f"note: {note}", style="yellow", highlight=False)
         places = {"registered": self.registered, "artifact": self.artifact, "report": self.folder}
         for name, place in places.items():
             if place:
                 console.print(f"{name:<10} {place}", highlight=False, soft_wrap=True)
+
+
+def _fitting(name: str, frame: "pd.DataFrame", width: int) -> "Table":
+    """The leading columns that a terminal of this width has room for; the caption names the others."""
+    from rich.table import Column, Table
+
+    texts = [
+        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in frame.iloc[:, i]]
+        for i in range(frame.shape[1])
+    ]
+    columns = [str(column) for column in frame.columns]
+    room, kept = width - 1, 0
+    for column, cells in zip(columns, texts, strict=True):
+        room -= min(max(map(len, (column, *cells))), width // 2) + 3
+        if room < 0 and kept:
+            break
+        kept += 1
+    rest = f"in the report: {', '.join(columns[kept:])}" if columns[kept:] else None
+    shown = [Column(column, overflow="fold") for column in columns[:kept]]
+    table = Table(*shown, title=name, title_justify="left", caption=rest, caption_justify="left")
+    for row in zip(*texts[:kept], strict=True):
+        table.add_row(*row)
+    return table

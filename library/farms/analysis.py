@@ -105,8 +105,9 @@ def analyze(source: Source, settings: Settings | None = None, **changes: Any) ->
                them, an artifact; weights are read one layer at a time
     settings   windows and threshold rule; `changes` are its fields, as in analyze(model, method="plain", rule="ks")
 
-    Columns: layer, kind, rows, columns, slices, parameters; alpha (larger: a lighter tail, less trained),
-    standard_error, D (distance from a power law), xmin and tail (where the tail begins, how many eigenvalues it has),
+    Columns, with alpha, its error and mp_alpha next to the name: layer, kind, rows, columns, slices, parameters; alpha
+    (larger: a lighter tail, less trained), standard_error, D (distance from a power law), xmin and tail (where the
+    tail begins, how many eigenvalues it has),
     num_evals and windows, window_rows and window_columns; mp_alpha (the median rule's alpha of an untrained layer,
     by Marchenko and Pastur, for the shape of the windows); spectral_norm (largest eigenvalue), norm (their sum),
     stable_rank (norm / spectral_norm), norm_stable_rank (that per eigenvalue), alpha_weighted (alpha log10
@@ -140,7 +141,7 @@ def checked(settings: Settings | None, changes: dict[str, Any]) -> Settings:
 @torch.no_grad()
 def analyze_layer(layer: Layer, settings: Settings, *, sketch: bool = False) -> dict[str, Any]:
     """The row of one layer, as `analyze` describes it; with `sketch` also `log_quantiles`, see `SKETCH`."""
-    row: dict[str, Any] = {
+    row: dict[str, Any] = dict.fromkeys(FIRST) | {
         "layer": layer.name,
         "kind": layer.kind,
         "rows": layer.shape[0],
@@ -207,6 +208,7 @@ def _fit(spectrum: Spectrum, settings: Settings) -> TailFit:
     return spectrum.fit(settings)
 
 
+FIRST = ("layer", "alpha", "standard_error", "mp_alpha")  # what a narrow terminal shows of a row
 MEASURES = (
     "alpha",
     "standard_error",

@@ -22,6 +22,7 @@ from jobs.commands import (
     SUCCESS,
     OnCluster,
     Output,
+    readable,
     rows,
     tell,
     terminate_like_interrupt,
@@ -108,7 +109,7 @@ class Ask(Output):
         if self.example and self.data is not None:
             raise InputError("--example and --data are two requests; give one of them")
         answer = ask(self.endpoint, None if self.data is None else json_object(self.data), self.url)
-        print(json.dumps(answer, indent=None if self.json else 1, ensure_ascii=self.json))
+        print(json.dumps(answer) if self.json else readable(answer))
         return SUCCESS
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -125,6 +126,19 @@ def tell(text: str) -> None:
     """One line of progress, on standard error."""
     sys.stderr.write(f"prism: {text}\n")
     sys.stderr.flush()
+
+
+def readable(answer: Any) -> str:
+    """Indented JSON whose lists of numbers are on one line each.
+
+    >>> print(readable({"alpha": 2.5, "counts": [1, 2, 3]}))
+    {
+     "alpha": 2.5,
+     "counts": [1, 2, 3]
+    }
+    """
+    text = json.dumps(answer, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\n([-+\d.eE, \n]+)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def rows(*columns: str, title: str | None = None) -> "Table":

@@ -15,10 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import prism
 from cluster import Connection
 from jobs import flags
+from jobs.commands import readable
 from library.artifact import open_artifact
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,6 +310,17 @@ def test_serve_stays_until_terminated_and_ask_gets_its_answer(trained: tuple[Pat
     nobody = run_prism("ask", "score", "--url", served["url"])
     assert f"nothing answers at {served['url']}; start the endpoint with `prism serve score`" in nobody.problem()
     assert nobody.status == 1
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_a_readable_answer_is_the_same_json_with_lists_of_numbers_on_a_line(answer: Any) -> None:
+    assert json.loads(readable(answer)) == answer
+    assert readable({"counts": [1, 2.5, -3e-9]}).count("\n") == 2
 
 
 @pytest.mark.ray

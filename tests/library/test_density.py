@@ -198,6 +198,25 @@ def test_bounds_of_a_large_crowded_spectrum_and_of_zero():
     assert [float(b) for b in spectral_bounds(lambda z: 0 * z, start)] == [0, 0]
 
 
+def test_an_upper_bound_alone_is_as_tight_and_waits_for_no_crowded_lower_end():
+    rows = torch.randn(400, 400, generator=generator(), dtype=torch.float64)
+    top = torch.linalg.matrix_norm(rows, 2) ** 2
+    start = random_probes(400, 1, generator=generator(3), kind="gaussian")
+    products = {}
+    for upper_only in (False, True):
+        seen = []
+
+        def gram(block, seen=seen):
+            seen.append(block.shape[-1])
+            return rows @ (rows.mT @ block)
+
+        high = spectral_bounds(gram, start, upper_only=upper_only)[1]
+        torch.testing.assert_close(high, top, rtol=2e-6, atol=0)
+        assert high >= top * (1 - 1e-12)
+        products[upper_only] = sum(seen)
+    assert products[True] * 2 < products[False]
+
+
 EYE = torch.eye(4, dtype=torch.float64)
 SKEW = EYE.roll(1, 0)
 

@@ -413,3 +413,13 @@ def test_two_workers_choose_the_mask_of_one(tmp_path):
     for name in ("previous", "mean", "lm.lm_head.weight"):
         assert torch.allclose(first["state"][name], alone[name], rtol=1e-3, atol=1e-5)
     assert first["metrics"]["eigenscore"] == pytest.approx(steps[12]["eigenscore"], abs=0.05)
+
+
+@pytest.mark.parametrize("asked", [None, 1, 7, 10**9])
+def test_an_evaluation_reads_blocks_spread_evenly_over_the_validation_text(asked):
+    whole = micro(validation_blocks=None).datasets().validation
+    found = micro(validation_blocks=asked).datasets().validation
+    count = min(asked or len(whole), len(whole))
+    assert len(found) == count
+    for i in range(count):
+        assert torch.equal(found[i], whole[i * len(whole) // count])

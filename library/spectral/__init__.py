@@ -1,5 +1,6 @@
-"""The spectral core shared by the methods: curvature operators, traces and densities of symmetric operators."""
+"""The spectral core shared by the methods: operators, traces and densities, and the spectra of graphs."""
 
+from library.spectral.chebyshev import chebyshev_filter, chebyshev_terms, laplacian_filter
 from library.spectral.density import (
     Quadrature,
     Tridiagonal,
@@ -15,6 +16,25 @@ from library.spectral.density import (
     spectral_bounds,
 )
 from library.spectral.eigen import Eigenpairs, extreme_eigenpairs
+from library.spectral.graph_laplacians import (
+    couplings,
+    dense_laplacians,
+    graph_sums,
+    laplacian_matrix,
+    one_hot_rayleigh_terms,
+    propagation_matrix,
+    rayleigh_quotients,
+    rayleigh_terms,
+    symmetric_product,
+)
+from library.spectral.graph_spectra import (
+    GraphSpectra,
+    accumulated_energy,
+    eigenpairs,
+    eigenspaces,
+    spectral_energies,
+)
+from library.spectral.graphs import Graphs, ragged_ranges, size_buckets
 from library.spectral.layout import Layout
 from library.spectral.operators import (
     CurvatureOperator,
@@ -49,34 +69,54 @@ __all__ = [
     "Estimate",
     "GaussNewton",
     "GradientCovariance",
+    "GraphSpectra",
+    "Graphs",
     "Hessian",
     "Layout",
     "Operator",
     "Quadrature",
     "Tridiagonal",
+    "accumulated_energy",
     "block_traces",
     "chebyshev_coefficients",
+    "chebyshev_filter",
     "chebyshev_moments",
+    "chebyshev_terms",
+    "couplings",
     "cumulative_density",
     "deflated_quadrature",
+    "dense_laplacians",
     "dense_matrix",
+    "eigenpairs",
+    "eigenspaces",
     "exact_eigenpairs",
     "exact_moments",
     "exact_quadrature",
     "extreme_eigenpairs",
+    "graph_sums",
     "hutch_plus_plus",
     "hutchinson",
     "jackson_factors",
     "kpm_density",
     "lanczos",
     "lanczos_quadrature",
+    "laplacian_filter",
+    "laplacian_matrix",
+    "one_hot_rayleigh_terms",
     "product",
+    "propagation_matrix",
+    "ragged_ranges",
     "random_probes",
+    "rayleigh_quotients",
+    "rayleigh_terms",
     "require_symmetric",
     "sharded_lanczos",
+    "size_buckets",
     "smoothed_density",
     "spectral_bounds",
+    "spectral_energies",
     "spectral_grid",
+    "symmetric_product",
     "wasserstein_distance",
     "xtrace",
 ]

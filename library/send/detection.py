@@ -16,9 +16,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from library.calibration import Auroc, Calibration, auroc
 from library.errors import InputError
 from library.language.tokens import Tokenizer
-from library.send.calibration import Auroc, Calibration, auroc
 from library.send.decode import Decoded, Layer, sample
 from library.send.eigenscore import eigenscore
 

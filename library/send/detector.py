@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from library.artifact import Artifact
+from library.calibration import Calibration
 from library.errors import InputError
 from library.language.tokens import Tokenizer
-from library.send.calibration import Calibration
 from library.send.decode import Decoded, Layer, block_number, newest_output, transformer_blocks
 from library.send.detection import DetectionSettings
 from library.send.ees import ees

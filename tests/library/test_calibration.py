@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from library.calibration import Auroc, Calibration, auroc, expected_calibration_error
 from library.errors import ArtifactError, InputError
-from library.send.calibration import Auroc, Calibration, auroc, expected_calibration_error
 
 
 def draws(seed: int, count: int, *, rounded: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

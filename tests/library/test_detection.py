@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from library.calibration import auroc
 from library.errors import InputError
 from library.language.tokens import ByteTokenizer
 from library.samples import json_lines
 from library.send import detection
-from library.send.calibration import auroc
 from library.send.decode import sample
 from library.send.detection import DetectionSettings, hallucinated
 

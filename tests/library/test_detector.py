@@ -8,10 +8,10 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from library.artifact import write_artifact
+from library.calibration import Calibration
 from library.errors import ArtifactError, InputError
 from library.language.tokens import ByteTokenizer
 from library.recipe import seeded_model
-from library.send.calibration import Calibration
 from library.send.detection import DetectionSettings
 from library.send.detector import HallucinationDetector
 from library.send.ees import ees

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from library import order
 from library.artifact import open_artifact, write_artifact
+from library.calibration import Calibration
 from library.errors import ArtifactError, InputError
 from library.language import pythia
 from library.language.corpus import detokenise, read_corpus
@@ -22,7 +23,6 @@ from library.language.token_store import finish_store, write_shard
 from library.language.tokens import ByteTokenizer
 from library.recipe import evaluation_batches, fit, make_batch, seeded_model
 from library.send import recipe as send_recipe
-from library.send.calibration import Calibration
 from library.send.detection import DetectionSettings, cloze_study
 from library.send.recipe import SendRecipe
 from library.send.sensitivity import sensitivity, top_indices

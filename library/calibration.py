@@ -59,7 +59,7 @@ def auroc(scores: Tensor, labels: Tensor, groups: Tensor | None = None) -> Auroc
 
 @dataclass(frozen=True)
 class Calibration:
-    """A nondecreasing map from scores to the risk of a hallucination: straight lines between knots, flat outside.
+    """A nondecreasing map from scores to the risk of a positive label: straight lines between knots, flat outside.
 
     `scores` float64 (n,) rising, `risks` float64 (n,) nondecreasing within [0, 1].
     """

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc.persistent import evolve
+from library.qrc import gates
+from library.qrc.direct import evolve
 from library.qrc.reservoir import Backend, QuantumReservoir
-from library.qrc.state import checked_rows
+from library.qrc.state import Layout, checked_rows, unpack
 
 
 def drive_many(
@@ -41,9 +42,13 @@ def drive_many(
     features: list[Tensor] = [inputs] * len(reservoirs)
     for places in groups.values():
         together = [reservoirs[k] for k in places]
-        outputs, after = evolve(together, inputs, torch.stack([rows[k] for k in places]), dtype)
+        layout = Layout.of(together[0])
+        state = unpack(torch.stack([rows[k] for k in places], 1), layout)
+        readout = gates.parity_matrix(together[0].qubits, range(together[0].observed_qubits))
+        outputs, after = evolve(together, inputs, state, readout, dtype=dtype)
+        packed = after.pack(layout)
         for k, place in enumerate(places):
-            features[place], rows[place] = outputs[k], after[k]
+            features[place], rows[place] = outputs[:, k], packed[:, k]
     return features, rows
 
 
@@ -57,6 +62,8 @@ def structure(reservoir: QuantumReservoir) -> tuple:
         reservoir.feedback_by,
         reservoir.period,
         reservoir.observed,
+        reservoir.encoding,
+        reservoir.pairs,
         reservoir.noise is not None,
     )
 

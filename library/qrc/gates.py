@@ -9,11 +9,22 @@ Functions act on stacks of columns, complex (..., 2^n, columns), with angles (..
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate of a circuit; `angle` holds one value per configuration, and is None for cx."""
+
+    name: Literal["rx", "ry", "rz", "rzz", "cx"]
+    qubits: tuple[int, ...]
+    angle: Tensor | None = None
 
 
 def ring_pairs(qubits: int) -> list[tuple[int, int]]:
@@ -41,14 +52,10 @@ def rotate_y(columns: Tensor, qubit: int, angle: Tensor) -> Tensor:
     return (blocks * half.cos() + half.sin() * sign * blocks.flip(-3)).reshape(columns.shape)
 
 
-def rotate_z(columns: Tensor, qubit: int, angle: Tensor) -> Tensor:
-    """RZ(angle) on one qubit."""
-    return _phases(columns, (qubit,), angle)
-
-
-def rotate_zz(columns: Tensor, pair: tuple[int, int], angle: Tensor) -> Tensor:
-    """RZZ(angle) on two qubits."""
-    return _phases(columns, pair, angle)
+def rotate_z(columns: Tensor, subset: tuple[int, ...], angle: Tensor) -> Tensor:
+    """RZ(angle) on one qubit, or RZZ(angle) on two."""
+    half = angle[..., None] * parity_signs(_count(columns), subset, angle) / 2
+    return columns * torch.complex(half.cos(), -half.sin())[..., None]
 
 
 def controlled_x(columns: Tensor, control: int, target: int) -> Tensor:
@@ -57,44 +64,94 @@ def controlled_x(columns: Tensor, control: int, target: int) -> Tensor:
     return columns[..., index ^ (((index >> control) & 1) << target), :]
 
 
-def pair_rotation(columns: Tensor, pair: tuple[int, int], angle: Tensor) -> Tensor:
-    """R_ij(angle): RX on both qubits, then RZZ."""
-    turned = rotate_x(rotate_x(columns, pair[0], angle), pair[1], angle)
-    return rotate_zz(turned, pair, angle)
+def pair_rotations(columns: Tensor, pairs: Sequence[tuple[int, int]], angles: Tensor) -> Tensor:
+    """R_pairs[-1](angles[..., -1]) ... R_pairs[0](angles[..., 0]): the first pair acts first; angles (..., pairs).
+
+    All 4 x 4 matrices are built at once, and each is applied with its two qubits brought to the front of the index.
+    """
+    if not pairs:
+        return columns
+    qubits, shape = _count(columns), columns.shape
+    matrices = pair_matrices(angles)
+    lead = torch.broadcast_shapes(shape[:-2], angles.shape[:-1])
+    columns = columns.expand(*lead, *shape[-2:])
+    places = _routes(qubits, tuple(pairs)).to(columns.device)
+    for number in range(len(pairs)):
+        blocks = columns.index_select(-2, places[number]).reshape(*lead, 4, -1)
+        columns = (matrices[..., number, :, :] @ blocks).reshape(*lead, *shape[-2:])
+    return columns.index_select(-2, places[-1])
 
 
-def su2_unitary(angles: Tensor) -> Tensor:
-    """The hardware-efficient ansatz: RY and RZ layers with CX chains between them; (2^n, 2^n).
+def pair_matrices(angles: Tensor) -> Tensor:
+    """R(angle) on its two qubits: complex (..., 4, 4); it is the same for both orders of the qubits."""
+    half = angles / 2
+    cos, sin = half.cos(), half.sin()
+    both, one, none = (
+        torch.complex(-sin * sin, 0 * sin),
+        torch.complex(0 * sin, -cos * sin),
+        torch.complex(cos * cos, 0 * cos),
+    )
+    turned = torch.stack([none, one, one, both], -1)[..., _FLIPS.to(angles.device)]
+    signs = parity_signs(2, (0, 1), angles)
+    return torch.complex((half[..., None] * signs).cos(), -(half[..., None] * signs).sin())[..., None] * turned
+
+
+def apply_gates(columns: Tensor, sequence: Sequence[Gate]) -> Tensor:
+    """The gates in order on columns (..., 2^n, columns)."""
+    for gate in sequence:
+        if gate.name == "cx":
+            columns = controlled_x(columns, *gate.qubits)
+        elif gate.name == "rx":
+            columns = rotate_x(columns, *gate.qubits, gate.angle)
+        elif gate.name == "ry":
+            columns = rotate_y(columns, *gate.qubits, gate.angle)
+        else:
+            columns = rotate_z(columns, gate.qubits, gate.angle)
+    return columns
+
+
+def elementary(sequence: Sequence[Gate]) -> list[Gate]:
+    """The same circuit in rx, ry, rz and cx: each rzz becomes CX, RZ on its second qubit, CX."""
+    result = []
+    for gate in sequence:
+        if gate.name == "rzz":
+            flip = Gate("cx", gate.qubits)
+            result += [flip, Gate("rz", gate.qubits[1:], gate.angle), flip]
+        else:
+            result.append(gate)
+    return result
+
+
+def pair_gates(pair: tuple[int, int], angle: Tensor) -> list[Gate]:
+    """R_ij(angle)."""
+    return [Gate("rx", pair[:1], angle), Gate("rx", pair[1:], angle), Gate("rzz", pair, angle)]
+
+
+def su2_gates(angles: Tensor) -> list[Gate]:
+    """The hardware-efficient ansatz: RY and RZ layers with CX chains between them.
 
     `angles` (..., reps + 1, 2, n) are already scaled; layer l applies RY(angles[l, 0, q]) on every qubit, then
     RZ(angles[l, 1, q]); between two layers come CX(0, 1), CX(1, 2) ... and, for more than two qubits, CX(n - 1, 0).
     """
     layers, _, qubits = angles.shape[-3:]
-    columns = identity(qubits, angles).expand(*angles.shape[:-3], -1, -1)
+    sequence = []
     for layer in range(layers):
-        for qubit in range(qubits):
-            columns = rotate_y(columns, qubit, angles[..., layer, 0, qubit])
-        for qubit in range(qubits):
-            columns = rotate_z(columns, qubit, angles[..., layer, 1, qubit])
+        sequence += [Gate("ry", (qubit,), angles[..., layer, 0, qubit]) for qubit in range(qubits)]
+        sequence += [Gate("rz", (qubit,), angles[..., layer, 1, qubit]) for qubit in range(qubits)]
         if layer < layers - 1:
-            for control, target in cx_chain(qubits):
-                columns = controlled_x(columns, control, target)
-    return columns
+            sequence += [Gate("cx", pair) for pair in cx_chain(qubits)]
+    return sequence
 
 
-def ising_unitary(fields: Tensor, couplings: Tensor, reps: int) -> Tensor:
-    """`reps` Trotter slices of RX(2 h_q / reps) on every qubit, then RZZ(2 J_ij / reps) on all pairs; (2^n, 2^n).
+def ising_gates(fields: Tensor, couplings: Tensor, reps: int) -> list[Gate]:
+    """`reps` Trotter slices of RX(2 h_q / reps) on every qubit, then RZZ(2 J_ij / reps) on all pairs i < j.
 
     `fields` (..., n) and `couplings` (..., n, n), of which entries i < j are read, are already scaled.
     """
     qubits = fields.shape[-1]
-    columns = identity(qubits, fields).expand(*fields.shape[:-1], -1, -1)
-    for _ in range(reps):
-        for qubit in range(qubits):
-            columns = rotate_x(columns, qubit, 2 * fields[..., qubit] / reps)
-        for i, j in combinations(range(qubits), 2):
-            columns = rotate_zz(columns, (i, j), 2 * couplings[..., i, j] / reps)
-    return columns
+    slice_gates = [Gate("rx", (qubit,), 2 * fields[..., qubit] / reps) for qubit in range(qubits)]
+    slice_gates += [Gate("rzz", (i, j), 2 * couplings[..., i, j] / reps) for i, j in combinations(range(qubits), 2)]
+    return slice_gates * reps
 
 
 def cx_chain(qubits: int) -> list[tuple[int, int]]:
@@ -118,6 +175,24 @@ def parity_matrix(qubits: int, observed: Sequence[int]) -> Tensor:
     return torch.stack([_signs(qubits, subset) for subset in subsets], dim=1)
 
 
+_FLIPS = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])  # which bits differ, row to column
+
+
+@lru_cache(maxsize=256)
+def _routes(qubits: int, pairs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Index permutations that bring each pair's qubits to the front, each from where the one before left them."""
+    index = torch.arange(2**qubits)
+    routes, current = [], index
+    for pair in pairs:
+        rest = [qubit for qubit in range(qubits) if qubit not in pair]
+        wanted = torch.zeros_like(index)
+        for bit, qubit in enumerate([*rest, *pair]):
+            wanted |= ((index >> bit) & 1) << qubit
+        routes.append(current.argsort()[wanted])
+        current = wanted
+    return torch.stack([*routes, current.argsort()])
+
+
 @lru_cache(maxsize=256)
 def _signs(qubits: int, subset: tuple[int, ...]) -> Tensor:
     index = torch.arange(2**qubits)
@@ -125,11 +200,6 @@ def _signs(qubits: int, subset: tuple[int, ...]) -> Tensor:
     for qubit in subset:
         signs = signs * (1.0 - 2.0 * ((index >> qubit) & 1))
     return signs
-
-
-def _phases(columns: Tensor, subset: tuple[int, ...], angle: Tensor) -> Tensor:
-    half = angle[..., None] * parity_signs(_count(columns), subset, angle) / 2
-    return columns * torch.complex(half.cos(), -half.sin())[..., None]
 
 
 def _count(columns: Tensor) -> int:

@@ -210,11 +210,18 @@ class QuantumReservoir(BaseModel, frozen=True, extra="forbid"):
         """The reservoir's unitary without inputs: complex128 (2^n, 2^n)."""
         if self.unitary:
             return self._own_unitary()
+        angles = self.drawn_angles()
+        return gates.apply_gates(gates.identity(self.qubits, angles), self.fixed_gates())
+
+    def fixed_gates(self) -> list[gates.Gate]:
+        """The same as gates in order; InputError for a unitary of your own, of which no gates are known."""
+        if self.unitary:
+            raise InputError("a unitary of your own has no gates: use kind su2 or ising")
         angles = self.sigma * self.drawn_angles()
         if self.kind == "su2":
-            return gates.su2_unitary(angles)
+            return gates.su2_gates(angles)
         fields = torch.full((self.qubits,), self.sigma * self.field, dtype=torch.float64)
-        return gates.ising_unitary(fields, angles, self.reps)
+        return gates.ising_gates(fields, angles, self.reps)
 
     def start(self, series: int) -> Tensor:
         """The state before the first input: all qubits |0>, and z = 1/2 (no knowledge) or the outcome 0."""

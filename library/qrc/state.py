@@ -1,6 +1,6 @@
 """What a quantum reservoir carries from step to step, as one row of real numbers per sequence.
 
-A row holds, in this order: the density matrix of the memory qubits (real and imaginary parts in turn, row by row; one
+A row holds, in this order: the density matrix of the memory qubits as the real matrix Re rho + Im rho, row by row (one
 such matrix per last outcome when outcomes are fed back, weighted by the outcome's probability), then the fed-back
 expectations z of the measured qubits, then the steps since the last measurement. Parts that a mode has no use for are
 left out. For a period above 1 the matrix is of all qubits, because most steps do not reset any.
@@ -43,7 +43,7 @@ class Layout:
     def numbers(self) -> int:
         """Of the matrices; none for the one entry that is always 1."""
         entries = self.outcomes * self.dimension**2
-        return 2 * entries if entries > 1 else 0
+        return entries if entries > 1 else 0
 
     @property
     def size(self) -> int:
@@ -55,7 +55,7 @@ class Layout:
 class State:
     """The parts of the rows of several sequences; leading axes are free.
 
-    `density` complex (..., outcomes, d, d), `feedback` real (..., m), `counter` int64 (...).
+    `density` real (..., outcomes, d, d), which is Re rho + Im rho; `feedback` real (..., m), `counter` int64 (...).
     """
 
     density: Tensor
@@ -64,31 +64,36 @@ class State:
 
     def pack(self, layout: Layout) -> Tensor:
         """Rows float64 (..., size)."""
-        lead = self.density.shape[:-3]
-        parts = [
-            self.feedback.double()[..., : layout.feedback],
-            self.counter.double()[..., None][..., : layout.counter],
-        ]
+        parts = [self.feedback.double(), self.counter.double()[..., None][..., : layout.counter]]
         if layout.numbers:
-            parts.insert(0, torch.view_as_real(self.density.to(torch.complex128)).reshape(*lead, layout.numbers))
+            parts.insert(0, self.density.double().flatten(-3))
         return torch.cat(parts, dim=-1)
 
 
 def unpack(rows: Tensor, layout: Layout) -> State:
     """The parts of rows (..., size)."""
     lead = rows.shape[:-1]
-    matrices = rows.new_tensor([1.0, 0.0]).expand(*lead, 2) if not layout.numbers else rows[..., : layout.numbers]
-    shape = (*lead, layout.outcomes, layout.dimension, layout.dimension)
-    density = torch.view_as_complex(matrices.reshape(*shape, 2).contiguous())
+    matrices = rows[..., : layout.numbers] if layout.numbers else rows.new_ones(*lead, 1)
+    density = matrices.reshape(*lead, layout.outcomes, layout.dimension, layout.dimension)
     feedback = rows[..., layout.numbers : layout.numbers + layout.feedback]
     counter = rows[..., -1].long() if layout.counter else torch.zeros(lead, dtype=torch.int64, device=rows.device)
     return State(density, feedback, counter)
 
 
+def density_matrix(packed: Tensor) -> Tensor:
+    """rho, complex (..., d, d), of Re rho + Im rho."""
+    return torch.complex(packed + packed.mT, packed - packed.mT) / 2
+
+
+def packed_matrix(density: Tensor) -> Tensor:
+    """Re rho + Im rho of a Hermitian rho."""
+    return density.real + density.imag
+
+
 def initial_state(reservoir: "QuantumReservoir", series: int) -> Tensor:
     """Rows (series, size) before the first input: |0...0>, outcome 0 or z = 1/2, counter 0."""
     layout = Layout.of(reservoir)
-    density = torch.zeros(series, layout.outcomes, layout.dimension, layout.dimension, dtype=torch.complex128)
+    density = torch.zeros(series, layout.outcomes, layout.dimension, layout.dimension, dtype=torch.float64)
     density[:, 0, 0, 0] = 1
     feedback = torch.full((series, layout.feedback), 0.5, dtype=torch.float64)
     return State(density, feedback, torch.zeros(series, dtype=torch.int64)).pack(layout)

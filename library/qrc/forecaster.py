@@ -1,0 +1,381 @@
+"""A forecaster after scikit-learn's manner: any reservoir, a ridge read-out, closed loops, and an artifact."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+
+from library.artifact import Artifact, write_artifact
+from library.errors import ArtifactError, InputError
+from library.qrc.closed_loop import Forecast, Residuals, run_closed
+from library.qrc.esn import EchoState
+from library.qrc.hybrid import HybridReservoir
+from library.qrc.readout import ALPHAS, ReadOut, RidgePath, ridge_path
+from library.qrc.reservoir import QuantumReservoir, Reservoir
+from library.qrc.sequences import Batch
+
+KIND = "qrc"
+ONION = HybridReservoir(members=tuple(QuantumReservoir(sigma=sigma, seed=i) for i, sigma in enumerate((0.1, 0.3, 1.0))))
+RESERVOIRS: TypeAdapter[Any] = TypeAdapter(HybridReservoir | QuantumReservoir | EchoState)
+SETTINGS = ("alphas", "choose", "washout", "repeats", "skip", "scale", "clip", "closed_loop", "standardize")
+
+
+class Forecaster(RegressorMixin, BaseEstimator):
+    """Predicts series from driven series; only a linear read-out is trained.
+
+    reservoir     any `Reservoir`; None is an onion of three quantum reservoirs, sigma 0.1, 0.3, 1
+    alphas        regularisations per sample to choose from, for each output by itself
+    choose        loo: least error of leaving a sample out; gcv: generalised cross-validation. `fit(validation=...)`
+                  chooses by the error on other series instead
+    washout       rows at the start of each series from which nothing is learned, and which `score` leaves out
+    repeats       how often the first row is shown before a series begins
+    skip          give the read-out the scaled inputs beside the features
+    scale         map each input from its range in training to [0, 1]
+    clip          least and largest value of what drives the reservoir
+    closed_loop   learn to predict the next inputs too, so that `forecast` can run on without any
+    standardize   let alpha act on features of unit deviation, not on the features as they are
+    device        torch device of reservoir and read-out
+
+    `fit(X)` without targets learns the next row of X itself. X is (time,), (time, channels), (series, time, channels),
+    or a list of series of unequal length; targets alike. Predictions have the targets' form. Row t of a prediction is
+    made of rows 0 ... t.
+
+    >>> import numpy as np
+    >>> wave = np.sin(np.arange(400) / 5)
+    >>> found = Forecaster(EchoState(units=20), washout=50).fit(wave[:300]).forecast(wave[200:300], 100)
+    >>> bool(np.abs(found.mean[:, 0] - wave[300:]).max() < 0.05)
+    True
+    """
+
+    def __init__(
+        self,
+        reservoir: Reservoir | None = None,
+        *,
+        alphas: Sequence[float] = ALPHAS,
+        choose: Literal["loo", "gcv"] = "loo",
+        washout: int = 100,
+        repeats: int = 0,
+        skip: bool = False,
+        scale: bool = True,
+        clip: tuple[float, float] = (0.0, 1.2),
+        closed_loop: bool = False,
+        standardize: bool = True,
+        device: str = "cpu",
+    ) -> None:
+        self.reservoir = reservoir
+        self.alphas = alphas
+        self.choose = choose
+        self.washout = washout
+        self.repeats = repeats
+        self.skip = skip
+        self.scale = scale
+        self.clip = clip
+        self.closed_loop = closed_loop
+        self.standardize = standardize
+        self.device = device
+
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        features: Tensor | None = None,
+        validation: tuple[Any, Any] | None = None,
+        validation_features: Tensor | None = None,
+    ) -> Self:
+        """Drive the reservoir with X and solve the read-out.
+
+        features              (series, time, width) of the reservoir for X where they were computed elsewhere
+        validation            X and y of other series: alpha has their least NRMSE, and intervals have their residuals
+        validation_features   likewise for these
+
+        Raises InputError for series that do not fit together, are shorter than the washout, or not finite.
+        """
+        self._check_settings()
+        batch = Batch.of(X, "X", device=self.device)
+        channels = batch.values.shape[2]
+        counted = batch.mask(0)
+        self.low_, self.high_ = torch.zeros(channels), torch.ones(channels)
+        if self.scale:
+            rows = batch.values[counted]
+            self.low_, self.high_ = rows.amin(0), rows.amax(0)
+            if (flat := (self.high_ <= self.low_).nonzero()).numel():
+                raise InputError(f"X: channel {int(flat[0])} is constant, so it has no range to scale by; leave it out")
+        self.low_, self.high_ = (edge.to(self.device, torch.float64) for edge in (self.low_, self.high_))
+        self.reservoir_ = self.reservoir if self.reservoir is not None else ONION
+        outputs = Batch.of(y, "y", device=self.device) if y is not None else None
+        self.n_features_in_ = channels
+        self.n_targets_ = outputs.values.shape[2] if outputs is not None else 0
+        self.flat_ = outputs.flat if outputs is not None else batch.flat
+        inputs = self.scaled(batch.values)
+        driven = self._driven(inputs, features, fitting=True)
+        x, wanted, _ = self._pairs(batch, outputs, inputs, driven)
+        self.target_range_ = torch.stack([wanted.amin(0), wanted.amax(0)])
+        path = ridge_path(x, wanted, self.alphas, standardize=self.standardize)
+        if validation is None:
+            self.readout_ = self._least(path)
+            self.residuals_ = Residuals.of(self._errors(batch, outputs, inputs, driven))
+            return self
+        other = Batch.of(validation[0], "validation X", device=self.device)
+        other_y = Batch.of(validation[1], "validation y", device=self.device) if y is not None else None
+        shown = self.scaled(other.values)
+        other_driven = self._driven(shown, validation_features)
+        rows, target, _ = self._pairs(other, other_y, shown, other_driven)
+        self.readout_ = path.least((path.predictions(rows) - target).square().mean(1))
+        self.residuals_ = Residuals.of(self._errors(other, other_y, shown, other_driven))
+        return self
+
+    def predict(self, X: Any, *, features: Tensor | None = None) -> Any:
+        """Targets of each row of X; without targets in `fit`, the row after it. float64, in the targets' form."""
+        batch, found = self._predicted(X, features)
+        return batch.given_back(self.shown(found), flat=self.flat_)
+
+    def predict_interval(self, X: Any, level: float = 0.8, *, features: Tensor | None = None) -> tuple[Any, Any]:
+        """Lower and upper ends between which the share `level` of the residuals lies around each prediction."""
+        if not 0 < level < 1:
+            raise InputError(f"level {level}: between 0 and 1")
+        batch, found = self._predicted(X, features)
+        ends = self.residuals_.quantiles([(1 - level) / 2, (1 + level) / 2]).to(found)
+        return tuple(batch.given_back(self.shown(found + end), flat=self.flat_) for end in ends)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """R^2 over the rows after the washout, the mean over outputs; without y, of predicting the next row."""
+        if sample_weight is not None:
+            raise InputError("sample_weight: rows of a series count alike")
+        batch, found = self._predicted(X, None)
+        outputs = Batch.of(y, "y", device=self.device) if y is not None else None
+        inputs = self.scaled(batch.values)
+        _, wanted, mask = self._pairs(batch, outputs, inputs, found)
+        predicted, wanted = (part[:, : self._visible()] for part in (found[mask], wanted))
+        total = (wanted - wanted.mean(0)).square().sum(0)
+        if not (total > 0).all():
+            raise InputError("y is constant after the washout, so R^2 is not defined")
+        return float((1 - (wanted - predicted).square().sum(0) / total).mean())
+
+    def begin(self, series: int = 1) -> Tensor:
+        """The state of the reservoir before the first row of `series` series; `advance` takes and gives it."""
+        self._check_fitted()
+        return self.reservoir_.start(series).to(self.device)
+
+    def advance(self, X: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions (series, time, targets) for the next rows, and the state after them.
+
+        A step costs the same however many were before it, and gives what `predict` would for the whole series.
+        """
+        self._check_fitted()
+        batch = Batch.of(X, "X", device=self.device)
+        inputs = self.scaled(self._columns(batch).values)
+        features, state = self.reservoir_.drive(inputs, state)
+        return self.shown(self.readout_(self.with_inputs(features, inputs))), state
+
+    def forecast(
+        self,
+        X: Any,
+        horizon: int,
+        *,
+        future: Any = None,
+        paths: int = 0,
+        level: float = 0.8,
+        seed: int = 0,
+    ) -> Forecast:
+        """What follows X (series, time, channels): `horizon` rows, without any further input unless `future` has them.
+
+        Without `future` the predicted next inputs drive the reservoir. Each of `paths` repeats that with errors drawn
+        from the residuals, row for row, in stretches; interval ends are their quantiles. See `Forecast`.
+
+        Raises InputError for a horizon below 1 and for a forecaster that learned neither next inputs nor has `future`.
+        """
+        self._check_fitted()
+        if horizon < 1 or paths < 0 or not 0 < level < 1:
+            raise InputError(f"horizon {horizon}, paths {paths}, level {level}: at least 1, at least 0, within (0, 1)")
+        if future is None and not self._loops():
+            raise InputError("future: this forecaster did not learn next inputs; give them, or fit with closed_loop")
+        batch = self._columns(Batch.of(X, "X", device=self.device))
+        if len(set(batch.lengths)) > 1:
+            raise InputError("X: forecasts of a batch need series of equal length")
+        given = None if future is None else self.scaled(self._columns(Batch.of(future, "future")).values)
+        if given is not None and given.shape[:2] != (len(batch.values), horizon):
+            raise InputError(f"future: {tuple(given.shape[:2])} series and rows; needed {(len(batch.values), horizon)}")
+        state, last = self.prime(batch.values)
+        return run_closed(
+            self, state, last, horizon, future=given, paths=paths, level=level, seed=seed, single=batch.single
+        )
+
+    def prime(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after the rows `values` (series, time, channels), and the read-out's last row (series, outputs)."""
+        inputs = self._repeated(self.scaled(values))
+        features, state = self.reservoir_.drive(inputs)
+        return state, self.readout_(self.with_inputs(features[:, -1:], inputs[:, -1:]))[:, 0]
+
+    def outside(self, values: Tensor) -> Tensor:
+        """How far inputs (..., channels) lie outside the training range, in its widths; 0 inside."""
+        self._check_fitted()
+        scaled = (values - self.low_) / (self.high_ - self.low_)
+        return torch.maximum(scaled - 1, -scaled).clamp(min=0)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """What drives the reservoir for inputs (..., channels)."""
+        return ((values - self.low_) / (self.high_ - self.low_)).clamp(*self.clip)
+
+    def unscaled(self, inputs: Tensor) -> Tensor:
+        """The inputs that scaled ones stand for."""
+        return self.low_ + inputs * (self.high_ - self.low_)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        metrics: dict[str, float],
+        data: str,
+        about: dict[str, Any] | None = None,
+        texts: dict[str, str] | None = None,
+    ) -> Artifact:
+        """Write the fitted forecaster as an artifact; `about` joins its recipe. No pickle."""
+        self._check_fitted()
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        recipe = {
+            "reservoir": self.reservoir_.model_dump(mode="json"),
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+            "targets": self.n_targets_,
+            "flat": self.flat_,
+        }
+        weights = {
+            "low": self.low_,
+            "high": self.high_,
+            "weights": self.readout_.weights,
+            "intercept": self.readout_.intercept,
+            "alpha": self.readout_.alpha,
+            "residuals": self.residuals_.rows,
+            "residual_ends": self.residuals_.ends,
+            "target_range": self.target_range_,
+        }
+        recipe = {"forecaster": recipe, **(about or {})}
+        return write_artifact(path, kind=KIND, recipe=recipe, weights=weights, metrics=metrics, data=data, texts=texts)
+
+    @classmethod
+    def load(cls, artifact: Artifact, *, device: str = "cpu") -> Self:
+        """The fitted forecaster of an artifact: its predictions are the same to the last bit.
+
+        Raises ArtifactError for parts that are missing or do not fit together.
+        """
+        try:
+            recipe = dict(artifact.recipe["forecaster"])
+            reservoir = RESERVOIRS.validate_python(recipe["reservoir"])
+            settings = {name: recipe[name] for name in SETTINGS}
+            arrays = {name: value.to(device) for name, value in artifact.weights().items()}
+            made = cls(reservoir, device=device, **{**settings, "clip": tuple(settings["clip"])})
+            made.n_targets_, made.flat_ = int(recipe["targets"]), bool(recipe["flat"])
+            made.low_, made.high_, made.target_range_ = (arrays[name] for name in ("low", "high", "target_range"))
+            made.readout_ = ReadOut(*(arrays[name] for name in ("weights", "intercept", "alpha")))
+            made.residuals_ = Residuals(arrays["residuals"], arrays["residual_ends"])
+        except (KeyError, TypeError, ValidationError) as error:
+            first = str(error).splitlines()[0]
+            raise ArtifactError(f"{artifact.path} is no forecaster: {type(error).__name__} {first}") from error
+        made.reservoir_, made.n_features_in_ = reservoir, len(made.low_)
+        width = reservoir.width + (made.n_features_in_ if made.skip else 0)
+        if made.readout_.weights.shape != (width, made._outputs()):
+            raise ArtifactError(
+                f"{artifact.path}: the read-out is {tuple(made.readout_.weights.shape)}, the reservoir gives {width} "
+                f"features for {made._outputs()} outputs"
+            )
+        return made
+
+    def __sklearn_clone__(self) -> Self:
+        return type(self)(**copy.deepcopy(self.get_params(deep=False)))
+
+    def _loops(self) -> bool:
+        """Whether next inputs are among the outputs."""
+        return self.closed_loop or not self.n_targets_
+
+    def _outputs(self) -> int:
+        return self.n_targets_ + (self.n_features_in_ if self._loops() else 0)
+
+    def _visible(self) -> int:
+        """Outputs that are predictions: the targets, or the next inputs where there are none."""
+        return self.n_targets_ or self.n_features_in_
+
+    def shown(self, outputs: Tensor) -> Tensor:
+        """The visible outputs, next inputs in their own units."""
+        return outputs[..., : self.n_targets_] if self.n_targets_ else self.unscaled(outputs)
+
+    def _least(self, path: RidgePath) -> ReadOut:
+        return path.least(path.loo if self.choose == "loo" else path.gcv)
+
+    def _pairs(
+        self, batch: Batch, outputs: Batch | None, inputs: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (samples, ...) that count, what each should give (samples, outputs), and where they are."""
+        if outputs is not None and (outputs.lengths != batch.lengths or not self.n_targets_):
+            raise InputError(f"y has series of {outputs.lengths} rows, X of {batch.lengths}; needed is a row for each")
+        if outputs is not None and outputs.values.shape[2] != self.n_targets_:
+            raise InputError(f"y has {outputs.values.shape[2]} columns; {self.n_targets_} were learned")
+        if outputs is None and self.n_targets_:
+            raise InputError("y: targets were learned, so targets are needed here too")
+        mask = batch.mask(self.washout, int(self._loops()))
+        if int(mask.sum()) < 2:
+            raise InputError(
+                f"washout {self.washout} leaves {int(mask.sum())} of {sum(batch.lengths)} rows; use longer series"
+            )
+        parts = [] if outputs is None else [outputs.values]
+        if self._loops():
+            parts.append(torch.cat([inputs[:, 1:], inputs[:, -1:]], 1))
+        return rows[mask], torch.cat(parts, -1)[mask], mask
+
+    def _errors(self, batch: Batch, outputs: Batch | None, inputs: Tensor, driven: Tensor) -> list[Tensor]:
+        """Residuals (rows, outputs) of each series, in its order."""
+        rows, wanted, mask = self._pairs(batch, outputs, inputs, driven)
+        return list((wanted - self.readout_(rows)).split(mask.sum(1).tolist()))
+
+    def _driven(self, inputs: Tensor, features: Tensor | None, *, fitting: bool = False) -> Tensor:
+        """What the read-out sees for scaled inputs, (series, time, width); fitting calibrates a stacked layer."""
+        repeated = self._repeated(inputs)
+        if fitting and features is None and isinstance(self.reservoir_, HybridReservoir) and not self.reservoir_.centre:
+            self.reservoir_ = fitted_hybrid(self.reservoir_, repeated)
+        if features is None:
+            features = self.reservoir_.drive(repeated)[0][:, self.repeats :]
+        if features.shape != (*inputs.shape[:2], self.reservoir_.width):
+            wanted = (*inputs.shape[:2], self.reservoir_.width)
+            raise InputError(f"features have shape {tuple(features.shape)}; needed {wanted}")
+        return self.with_inputs(features, inputs)
+
+    def with_inputs(self, features: Tensor, inputs: Tensor) -> Tensor:
+        """What the read-out sees: the features, and with `skip` the scaled inputs."""
+        return torch.cat([features, inputs], -1) if self.skip else features
+
+    def _repeated(self, inputs: Tensor) -> Tensor:
+        return torch.cat([inputs[:, :1].expand(-1, self.repeats, -1), inputs], 1)
+
+    def _predicted(self, X: Any, features: Tensor | None) -> tuple[Batch, Tensor]:
+        self._check_fitted()
+        batch = self._columns(Batch.of(X, "X", device=self.device))
+        return batch, self.readout_(self._driven(self.scaled(batch.values), features))
+
+    def _columns(self, batch: Batch) -> Batch:
+        if batch.values.shape[2] != self.n_features_in_:
+            raise InputError(f"X has {batch.values.shape[2]} channels; {self.n_features_in_} were learned")
+        return batch
+
+    def _check_settings(self) -> None:
+        if self.washout < 0 or self.repeats < 0:
+            raise InputError(f"washout {self.washout}, repeats {self.repeats}: at least 0")
+        if self.choose not in ("loo", "gcv"):
+            raise InputError(f"choose {self.choose!r}: loo or gcv")
+        if len(self.clip) != 2 or not self.clip[0] < self.clip[1]:
+            raise InputError(f"clip {self.clip}: a smaller and a larger number")
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "readout_"):
+            raise NotFittedError("this forecaster is not fitted: call `fit`, or load an artifact")
+
+
+def fitted_hybrid(reservoir: HybridReservoir, inputs: Tensor) -> HybridReservoir:
+    """The reservoir with its stacked layer calibrated on the features that these inputs make."""
+    if reservoir.wiring == "parallel":
+        return reservoir
+    return reservoir.calibrated(HybridReservoir(members=reservoir.members).drive(inputs)[0])

@@ -29,4 +29,5 @@ $(READY): pyproject.toml constraints.txt
 
 $(PEERS): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision # a peer's peer asks for it; made for another torch it breaks transformers
 	touch $@

@@ -44,7 +44,7 @@ def quadratic_forms(
     NonFiniteError.
     """
     if curvature == "hessian":
-        operator = Hessian(model, loss, [batch], parameters=weights, chunk=CHUNK)
+        operator = Hessian(model, loss, [batch], parameters=weights)
         block = torch.cat([operator.probes(1, generator=_generator(seed, p)) for p in range(start, start + count)], 1)
         products = block * operator(block)
         sizes = dict(zip(operator.layout.names, products.double().split(operator.layout.sizes), strict=True))
@@ -102,7 +102,7 @@ def second_order_terms(
     """
     terms = []
     for name, change in changes.items():
-        operator = Hessian(model, loss, batches, parameters=[name], chunk=CHUNK)
+        operator = Hessian(model, loss, batches, parameters=[name])
         block = change.reshape(len(change), -1).mT
         terms.append((block.double() * operator(block).double()).sum(0))
     return torch.stack(terms)

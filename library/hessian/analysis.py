@@ -37,7 +37,7 @@ def analyze(
     exact_below: int = 1500,
     tolerance: float = 1e-4,
     seed: int = 0,
-    chunk: int = 8,
+    chunk: int | None = None,
     gauss_newton: bool = True,
     checkpoint: str | Path | None = None,
 ) -> HessianReport:

@@ -14,15 +14,17 @@ def batched_grad(outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], seeds: S
     live = [(output, seed) for output, seed in zip(outputs, seeds, strict=True) if output.requires_grad]
     if not live:
         return [seeds[0].new_zeros(len(seeds[0]), *value.shape) for value in inputs]
-    found = torch.autograd.grad(
-        [output for output, _ in live],
-        inputs,
-        [seed for _, seed in live],
-        retain_graph=True,
-        is_grads_batched=True,
-        allow_unused=True,
-    )
     count = len(seeds[0])
+    values, vectors = [output for output, _ in live], [seed for _, seed in live]
+    if count == 1:  # without a batch dimension every operation is the plain one
+        plain = torch.autograd.grad(
+            values, inputs, [vector[0] for vector in vectors], retain_graph=True, allow_unused=True
+        )
+        found = [None if grad is None else grad.unsqueeze(0) for grad in plain]
+    else:
+        found = torch.autograd.grad(
+            values, inputs, vectors, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
     return [
         value.new_zeros(count, *value.shape) if grad is None else grad
         for value, grad in zip(inputs, found, strict=True)

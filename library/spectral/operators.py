@@ -28,6 +28,7 @@ from library.spectral.layout import Layout
 from library.spectral.trace import Operator, product, random_probes
 
 Loss = Callable[[Any, Any], Tensor]
+CHUNK = 8  # backward passes that run as one
 DENSE_BYTES = 4 << 30  # the largest matrix that `dense_matrix` forms
 
 
@@ -39,7 +40,8 @@ class CurvatureOperator(ABC):
     product and must stay the same.
     `parameters` names those that w consists of, in the model's order: all that require gradients by default; fewer
     give a diagonal block of the matrix. Tied parameters count once. `chunk` bounds how many vectors are differentiated
-    at once, and with it the memory: each of them takes about as much as one backward pass.
+    at once, and with it the memory: each of them takes about as much as one backward pass. By default 8; 1 for a model
+    with convolutions on a CPU, where a batch of them takes longer than one after the other.
 
     The forward passes run in evaluation mode; each module is put back as it was. float32 products carry rounding
     errors of about 1e-6 of the largest eigenvalue: use a float64 model where signs of small ones matter.
@@ -58,13 +60,13 @@ class CurvatureOperator(ABC):
         *,
         parameters: Iterable[str] | None = None,
         count: Callable[[Any], int] = len,
-        chunk: int = 8,
+        chunk: int | None = None,
     ) -> None:
         if isinstance(data, Iterator):
             raise InputError("data: a generator or iterator can be read only once; give a list or a data loader")
         if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
             data = [data]
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}")
         trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         wanted = set(trainable) if parameters is None else set(parameters)
@@ -73,9 +75,10 @@ class CurvatureOperator(ABC):
             raise InputError(
                 f"parameters: {unknown} asked; those that require gradients are {_listed(list(trainable))}"
             )
-        self.model, self.loss, self.data, self.count, self.chunk = model, loss, data, count, chunk
+        self.model, self.loss, self.data, self.count = model, loss, data, count
         self._parameters = {name: value for name, value in trainable.items() if name in wanted}
         self.layout = Layout(tuple(self._parameters), tuple(value.shape for value in self._parameters.values()))
+        self.chunk = chunk or (1 if self.device.type == "cpu" and _convolves(model) else CHUNK)
         self._seen: float | None = None
 
     @property
@@ -103,8 +106,8 @@ class CurvatureOperator(ABC):
 
     def probes(self, count: int, *, generator: torch.Generator) -> Tensor:
         """Rademacher probes (n, count) that fit this operator; the same on all workers when their seeds are."""
-        drawn = random_probes(self.size, count, generator=generator, dtype=self.dtype, device=self.device)
-        return drawn.mT.contiguous().mT  # one vector after the other in memory, as parameters are
+        options = {"generator": generator, "dtype": self.dtype, "device": self.device}
+        return random_probes(count, self.size, **options).mT  # one vector after the other in memory, as parameters are
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """The batches of this worker on the operator's device."""
@@ -136,7 +139,7 @@ class CurvatureOperator(ABC):
     def _sum(self, term: "Callable[[_Batch, Tensor], Tensor]", columns: int) -> tuple[float, Tensor]:
         """The mean loss and mean of `term` (n, columns) over all units of all workers."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        images = torch.zeros(columns, self.size, dtype=self.dtype, device=self.device).mT
+        images: Tensor | None = None
         with evaluation_mode(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             for source, target in self.batches():
                 units = self.count(target)
@@ -146,7 +149,8 @@ class CurvatureOperator(ABC):
                     raise InputError("loss must return a scalar tensor, the mean over the batch")
                 total += torch.stack([units * loss.detach().double(), loss.new_tensor(units, dtype=torch.float64)])
                 try:
-                    images.add_(term(_Batch(output, target), loss), alpha=units)
+                    found = term(_Batch(output, target), loss)
+                    images = found.mul_(units) if images is None else images.add_(found, alpha=units)
                 except RuntimeError as error:
                     if "not implemented" in str(error) or "does not require grad" in str(error):
                         raise InputError(f"the model cannot be differentiated twice: {_first(error)}") from error
@@ -156,8 +160,10 @@ class CurvatureOperator(ABC):
             raise InputError("data: there are no samples")
         value = mean / units
         self._check_same(value)
-        images = collective.all_sum(images).div_(units)
-        if not bool(torch.isfinite(images).all()):
+        if images is None:  # this worker holds no batch
+            images = torch.zeros(columns, self.size, dtype=self.dtype, device=self.device).mT
+        images = (collective.all_sum(images) if collective.active() else images).div_(units)
+        if not all(torch.isfinite(end) for end in torch.aminmax(images.mT)):
             raise NonFiniteError("a product with the curvature matrix is not finite")
         return value, images
 
@@ -190,11 +196,12 @@ class CurvatureOperator(ABC):
 
     def _pulled_back(self, outputs: Sequence[Tensor], seeds: Sequence[Tensor]) -> Tensor:
         """Columns (n, p) of J^T times each of p seeds, for outputs that depend on w; seeds are (p, *output)."""
-        parts = []
-        for chunk in zip(*(seed.split(self.chunk) for seed in seeds), strict=True):
+        columns = torch.empty(len(seeds[0]), self.size, dtype=self.dtype, device=self.device)
+        rows = columns.split(self.chunk)
+        for into, chunk in zip(rows, zip(*(seed.split(self.chunk) for seed in seeds), strict=True), strict=True):
             found = batched_grad(outputs, tuple(self._parameters.values()), chunk)
-            parts.append(self.layout.join(found).mT)
-        return torch.cat(parts).mT
+            torch.cat([piece.flatten(1) for piece in found], 1, out=into)
+        return columns.mT
 
 
 class Hessian(CurvatureOperator):
@@ -330,6 +337,10 @@ def _single(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise InputError(f"the model's output must be one tensor, got {type(output).__name__}; wrap the model")
     return output
+
+
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
 
 def _first(error: Exception) -> str:

@@ -4,6 +4,7 @@ An operator is a matrix of shape (..., n, n) or a function that maps a block of 
 that block. Vectors are probes z with E[z z^T] = I, so that E[z^T A z] = tr A.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,11 +64,17 @@ def random_probes(
         raise InputError(f"random probes need at least one vector of at least one entry, got {count} of length {n}")
     shape, source = (*batch, n, count), generator.device
     if kind == "rademacher":
-        signs = torch.randint(0, 2, shape, generator=generator, device=source, dtype=torch.int8)
-        return (2 * signs - 1).to(device=device, dtype=dtype)
+        return _signs(math.prod(shape), generator, dtype).reshape(shape).to(device)
     if kind == "gaussian":
         return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
     raise InputError(f"unknown kind of probes {kind!r}; allowed: 'rademacher', 'gaussian'")
+
+
+def _signs(count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """`count` fair signs, eight from every random byte."""
+    drawn = torch.randint(0, 256, (-(-count // 8),), generator=generator, device=generator.device, dtype=torch.uint8)
+    bits = drawn.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=drawn.device) & 1
+    return bits.flatten()[:count].to(dtype).mul_(2).sub_(1)
 
 
 def product(operator: Operator, block: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_curvature_that_is_not_positive_is_reported_and_the_perturbation_decid
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     data = [(torch.randn(6, 4), torch.randint(0, 2, (6,)))]
-    found = hawq.sensitivity(model, lambda s, t: -F.cross_entropy(s, t), data, probes=10, bits=(2, 8))
+    found = hawq.sensitivity(model, lambda s, t: -F.cross_entropy(s, t), data, probes=200, bits=(2, 8))
     assert "is not positive" in found.notes[0]
     assert torch.equal(found.omega, found.perturbation)
 

@@ -109,7 +109,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
                 raise InputError(f"X: channel {int(flat[0])} is constant, so it has no range to scale by; leave it out")
         self.low_, self.high_ = (edge.to(self.device, torch.float64) for edge in (self.low_, self.high_))
         self.reservoir_ = self.reservoir if self.reservoir is not None else ONION
-        outputs = Batch.of(y, "y", device=self.device) if y is not None else None
+        outputs = batch.aligned(y, "y") if y is not None else None
         self.n_features_in_ = channels
         self.n_targets_ = outputs.values.shape[2] if outputs is not None else 0
         self.flat_ = outputs.flat if outputs is not None else batch.flat
@@ -123,7 +123,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
             self.residuals_ = Residuals.of(self._errors(batch, outputs, inputs, driven))
             return self
         other = Batch.of(validation[0], "validation X", device=self.device)
-        other_y = Batch.of(validation[1], "validation y", device=self.device) if y is not None else None
+        other_y = other.aligned(validation[1], "validation y") if y is not None else None
         shown = self.scaled(other.values)
         other_driven = self._driven(shown, validation_features)
         rows, target, _ = self._pairs(other, other_y, shown, other_driven)
@@ -149,7 +149,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
         if sample_weight is not None:
             raise InputError("sample_weight: rows of a series count alike")
         batch, found = self._predicted(X, None)
-        outputs = Batch.of(y, "y", device=self.device) if y is not None else None
+        outputs = batch.aligned(y, "y") if y is not None else None
         inputs = self.scaled(batch.values)
         _, wanted, mask = self._pairs(batch, outputs, inputs, found)
         predicted, wanted = (part[:, : self._visible()] for part in (found[mask], wanted))
@@ -311,8 +311,6 @@ class Forecaster(RegressorMixin, BaseEstimator):
         self, batch: Batch, outputs: Batch | None, inputs: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (samples, ...) that count, what each should give (samples, outputs), and where they are."""
-        if outputs is not None and (outputs.lengths != batch.lengths or not self.n_targets_):
-            raise InputError(f"y has series of {outputs.lengths} rows, X of {batch.lengths}; needed is a row for each")
         if outputs is not None and outputs.values.shape[2] != self.n_targets_:
             raise InputError(f"y has {outputs.values.shape[2]} columns; {self.n_targets_} were learned")
         if outputs is None and self.n_targets_:

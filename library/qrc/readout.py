@@ -58,7 +58,9 @@ class RidgePath:
     def at(self, chosen: Tensor) -> ReadOut:
         """The read-out with alpha number `chosen[o]` for output o."""
         outputs = torch.arange(self.weights.shape[-1], device=self.weights.device)
-        return ReadOut(self.weights[chosen, :, outputs].T, self.intercepts[chosen, outputs], self.alphas[chosen])
+        return ReadOut(
+            self.weights[chosen, :, outputs].T.contiguous(), self.intercepts[chosen, outputs], self.alphas[chosen]
+        )
 
     def least(self, errors: Tensor, floor: float = 0.0) -> ReadOut:
         """The read-out whose alpha, at least `floor`, has the least of `errors` (A, O) for each output.

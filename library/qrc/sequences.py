@@ -1,7 +1,7 @@
 """What a forecaster takes and gives: one series, a batch of equal ones, or several of unequal lengths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,20 @@ class Batch:
                 f"{name}: {len(wrong)} values are not finite, the first in series {series}, row {row}, column {column}"
             )
         return cls(values, (values.shape[1],) * len(values), single, flat)
+
+    def aligned(self, given: Any, name: str) -> "Batch":
+        """A batch of targets for these series: (series, time) is a number for each row of several.
+
+        Raises InputError where the rows are not as many.
+        """
+        device = str(self.values.device)
+        flat = not self.single and len(set(self.lengths)) == 1 and np.ndim(given) == 2
+        found = Batch.of(np.asarray(given)[..., None] if flat else given, name, device=device)
+        if found.lengths != self.lengths:
+            raise InputError(
+                f"{name} has series of {found.lengths} rows, X of {self.lengths}; a row for each is needed"
+            )
+        return replace(found, flat=flat or found.flat)
 
     def mask(self, first: int, dropped: int = 0) -> Tensor:
         """Which rows count, (series, time): from `first` to the end of each series without its `dropped` last rows."""

@@ -13,5 +13,3 @@ class FarmsBalanceJob(TrainingJob, frozen=True, extra="forbid"):
 
     recipe: BalancedClassifierRecipe = BalancedClassifierRecipe()
     """What is trained, and how."""
-    register_as: str | None = "farms-classifier"
-    """Name in the model registry; None is the method's name."""

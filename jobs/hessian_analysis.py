@@ -7,16 +7,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster import registry
-from jobs import JOBS, job_class
 from jobs.board import Poster
-from jobs.training import Scaling, TrainingJob
+from jobs.training import Scaling
 from jobs.workers import Workers, check_fits
-from library.artifact import Artifact, open_artifact
+from library.artifact import open_artifact
 from library.errors import InputError, PrismError
 from library.hessian.recipes import analyze_recipe, curvature_batches
 from library.hessian.report import HessianReport
-from library.recipe import Recipe, seeded_model
-from library.weights import load_tensors
+from library.recipes import recipe_of, trained_model
 
 
 class Analysis(BaseModel, frozen=True, extra="forbid"):
@@ -44,20 +42,6 @@ class Analysis(BaseModel, frozen=True, extra="forbid"):
     """Folder that all workers see, where each Lanczos step is kept: a run that was interrupted goes on from there."""
 
 
-def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe that made an artifact, through the training job of its kind. Raises InputError when there is none."""
-    kinds = []
-    for name in sorted(JOBS, key=lambda name: name != artifact.kind):  # a method's main job has its name
-        job = job_class(name)
-        if issubclass(job, TrainingJob):
-            recipe = job.model_fields["recipe"].annotation
-            if recipe.kind == artifact.kind:
-                return recipe.model_validate(artifact.recipe)
-            kinds.append(recipe.kind)
-    known = ", ".join(sorted(set(kinds)))
-    raise InputError(f"an artifact of {artifact.kind!r} was not trained by a recipe; those of {known} are")
-
-
 def analyse_artifact(
     name: str, settings: Analysis, *, seed: int, workers: int, cpus: float, gpu: bool, retries: int
 ) -> HessianReport:
@@ -83,11 +67,8 @@ def analyse_artifact(
 
 def analyse_here(name: str, settings: Analysis, *, seed: int, device: Any = "cpu") -> HessianReport:
     """This worker's part of the analysis; the same report on every worker."""
-    artifact = open_artifact(registry.resolve(name))
-    recipe = recipe_of(artifact)
+    model, recipe = trained_model(open_artifact(registry.resolve(name)))
     splits = recipe.datasets()
-    model = seeded_model(recipe)
-    load_tensors(model, artifact.weights(), source=str(artifact.path))
     model = model.to(device).double() if settings.double else model.to(device)
     batches = curvature_batches(splits, getattr(splits, settings.part), settings.samples, settings.batch_size)
     options = settings.model_dump(include={"top", "steps", "probes", "exact_below", "tolerance", "checkpoint"})

@@ -92,6 +92,18 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """How many units (samples, tokens, nodes) the means of `losses` are over."""
         raise NotImplementedError
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (N, classes) whose mean cross-entropy against `targets(batch)` is the loss, in the model's dtype.
+
+        Together they let the curvature of the loss be taken apart (Gauss-Newton part, classes). Only asked for where
+        `targets` gives labels.
+        """
+        raise NotImplementedError
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        """Labels (N,) of the batch's units; None where the loss is no cross-entropy of one tensor of logits."""
+        return None
+
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Metrics over this worker's batches, as means over their units; the loop averages over workers by units.
 

@@ -13,7 +13,7 @@ class BalancedClassifierRecipe(Balanced, ClassifierRecipe, frozen=True, extra="f
     100
     """
 
-    kind: ClassVar[str] = "farms"
+    kind: ClassVar[str] = "farms-classifier"
 
     balance: Balance = Balance(every=70)
     """Which rates layers get, and when; balance.analysis.method plain is TempBalance as first published."""

@@ -21,6 +21,7 @@ from library.spectral.sharded import sharded_lanczos
 from library.spectral.smoothing import deflated_quadrature
 from library.spectral.trace import Estimate
 
+MOST_CLASSES = 64  # with more (a vocabulary, say) eigenvectors are not attributed to classes
 FLOAT32_FLOOR = 1e-6  # rounding of float32 products, as a share of the largest eigenvalue
 
 
@@ -47,8 +48,8 @@ def analyze(
     default 2 k + 3 for k classes, else 12) and two smallest are found to a relative residual of `tolerance`, taken out,
     and the rest is estimated by `steps` steps of Lanczos from `probes` random vectors; traces come from the same number
     of probes, all with standard errors. The decomposition H = G + R needs a tensor as output (`gauss_newton` switches
-    it off); class attribution integer labels and outputs (N, k). The Lanczos basis is shared over the workers of a run;
-    its steps are kept in the folder `checkpoint`, from which a run that was interrupted goes on.
+    it off); class attribution integer labels and outputs (N, k) of at most 64 classes. The Lanczos basis is shared over
+    the workers of a run; its steps are kept in the folder `checkpoint`, from which a run that was interrupted goes on.
 
     `loss` is the mean over a batch; `data` holds pairs (input, target) or is one such pair, and may be sharded over
     workers. The model's weights, mode and dtype are left alone; a float64 model resolves smaller eigenvalues.
@@ -97,7 +98,7 @@ def analyze(
 
 
 def _describe(operator: CurvatureOperator) -> tuple[int, int | None, bool | None]:
-    """Samples, classes (None without labels) and whether targets are labels; None for the last without a tensor output.
+    """Samples, classes (None without labels, or with too many), whether targets are labels (None: no tensor output).
 
     Looks at the first batch alone for the form of outputs and targets.
     """
@@ -113,7 +114,7 @@ def _describe(operator: CurvatureOperator) -> tuple[int, int | None, bool | None
                     and not target.is_floating_point()
                     and output.ndim == 2
                 )
-                classes = output.shape[1] if labelled and output.shape[1] > 1 else None
+                classes = output.shape[1] if labelled and 1 < output.shape[1] <= MOST_CLASSES else None
         samples += operator.count(target)
     return int(collective.all_sum(torch.tensor(samples))), classes, labelled
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library import collective
@@ -31,6 +32,17 @@ class RecipeLoss(nn.Module):
             return self.recipe.losses(self.model, batch)["loss"]
 
 
+class RecipeOutputs(nn.Module):
+    """A recipe's model as a map from (number, batch) to `recipe.outputs`, for losses that are cross-entropies."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        super().__init__()
+        self.recipe, self.model = recipe, unwrap(model)
+
+    def forward(self, numbered: tuple[int, Batch]) -> Tensor:
+        return self.recipe.outputs(self.model, numbered[1])
+
+
 def curvature_batches(splits: Splits, samples: Samples, count: int, size: int) -> list[tuple[tuple[int, Batch], Batch]]:
     """This worker's share of the first `count` samples in batches of at most `size`, as pairs for `RecipeLoss`."""
     share = collective.share(min(count, len(samples)))
@@ -53,12 +65,15 @@ def recipe_hessian(
 def analyze_recipe(
     recipe: Recipe, model: nn.Module, batches: Sequence[tuple[tuple[int, Batch], Batch]], **options: Any
 ) -> HessianReport:
-    """`analyze` for a recipe's model and loss; no Gauss-Newton part, since the outputs stay inside the loss.
+    """`analyze` for a recipe's model and loss; a parameter `w` is called `model.w` in the result.
 
-    A parameter `w` is called `model.w` in the result.
+    The Gauss-Newton part, and the classes of a classifier, are there when the recipe tells its outputs and targets.
     """
-    module = RecipeLoss(recipe, model)
-    return analyze(module, _itself, batches, count=recipe.count, gauss_newton=False, **options)
+    targets = [recipe.targets(batch) for _, batch in batches]
+    if any(target is None for target in targets):
+        return analyze(RecipeLoss(recipe, model), _itself, batches, count=recipe.count, gauss_newton=False, **options)
+    data = [(numbered, target) for (numbered, _), target in zip(batches, targets, strict=True)]
+    return analyze(RecipeOutputs(recipe, model), F.cross_entropy, data, **options)
 
 
 class CurvatureFollower:

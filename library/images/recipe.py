@@ -78,8 +78,16 @@ class ClassifierRecipe(Recipe, frozen=True, extra="forbid"):
         return LambdaLR(optimizer, partial(one_cycle, steps=self.steps, warmup=self.warmup_fraction))
 
     def losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
-        logits = model(batch.pixels).float()
+        logits = self.outputs(model, batch).float()
         return {"loss": F.cross_entropy(logits, batch.labels), "accuracy": accuracy(logits.detach(), batch.labels)}
+
+    def outputs(self, model: nn.Module, batch: ImageBatch) -> Tensor:
+        """The network's logits (images, classes)."""
+        return model(batch.pixels.to(next(model.parameters()).dtype))
+
+    def targets(self, batch: ImageBatch) -> Tensor:
+        """The images' labels (images,)."""
+        return batch.labels
 
     def count(self, batch: ImageBatch) -> int:
         return len(batch.labels)

@@ -235,7 +235,15 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
         return LambdaLR(optimizer, partial(_rate, steps=self.steps, warmup=warmup, floor=self.lr_floor))
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(model(batch["input_ids"]).float().flatten(0, 1), batch["targets"].flatten())}
+        return {"loss": F.cross_entropy(self.outputs(model, batch).float(), self.targets(batch))}
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Next-token logits (tokens, vocabulary)."""
+        return model(batch["input_ids"]).flatten(0, 1)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The tokens that follow (tokens,)."""
+        return batch["targets"].flatten()
 
     def count(self, batch: Batch) -> int:
         return batch["targets"].numel()

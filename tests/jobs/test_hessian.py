@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from jobs.hessian import HessianJob
-from jobs.hessian_analysis import Analysis, analyse_here, recipe_of
+from jobs.hessian_analysis import Analysis, analyse_here
 from jobs.hessian_grid import EXPERIMENTS, Grid
 from jobs.hessian_reproduction import HessianReproduction
 from jobs.reproduce import command_line
@@ -17,6 +17,7 @@ from library.artifact import open_artifact, write_artifact
 from library.errors import ArtifactError, InputError
 from library.hessian.study import measure_cell
 from library.recipe import seeded_model
+from library.recipes import trained_model
 from library.send.recipe import SendRecipe
 from library.weights import state_tensors
 
@@ -117,9 +118,9 @@ def test_two_workers_find_what_one_process_finds(ray_cluster, artifact):
 
 
 def test_the_recipes_loss_is_that_of_its_batches(artifact):
-    recipe = recipe_of(open_artifact(artifact))
+    model, recipe = trained_model(open_artifact(artifact))
     splits = recipe.datasets()
-    model = seeded_model(recipe).double().eval()
+    model = model.double().eval()
     batch = splits.collate([splits.train[i] for i in range(5)], torch.arange(5))
     expected = float(recipe.losses(model, batch)["loss"].detach())
     assert analyse_here(str(artifact), SETTINGS, seed=0).loss == pytest.approx(
@@ -131,7 +132,7 @@ def test_bad_requests_are_refused_in_one_line(ray_cluster, artifact, tmp_path):
     foreign = write_artifact(tmp_path / "x", kind="other", recipe={}, weights={}, metrics={}, data="").path
     few = SETTINGS.model_copy(update={"samples": 1})
     for job, error, message in (
-        (HessianJob(artifact=str(foreign)), InputError, "'other' was not trained by a recipe; those of .*send.* are"),
+        (HessianJob(artifact=str(foreign)), InputError, "'other' is not the model of a recipe; those of .*send are"),
         (HessianJob(artifact=str(tmp_path / "gone")), ArtifactError, "no artifact at"),
         (HessianJob(artifact=str(artifact), analysis=few, workers=2), InputError, "1 samples cannot be shared by 2"),
         (HessianJob(artifact=str(artifact), workers=99), InputError, "99 workers of 1 CPU do not fit"),

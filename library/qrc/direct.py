@@ -53,24 +53,23 @@ def evolve(
     feedback = Feedback(reservoirs, state.feedback.to(real).reshape(lanes, -1), series, dimension) if fed else None
     result = inputs.new_empty(series, len(reservoirs), time, readout.shape[1], dtype=real)
     block = max(1, block_bytes(inputs.device) // (lanes * full * steps.columns * dtype.itemsize))
+    products = memory.new_empty(lanes, full, 2 * dimension)
+    rows = (lanes, dimension, products[0].numel() // dimension)
     for begin in range(0, time, block):
         columns = steps.block(inputs[:, begin : begin + block])
-        products = memory.new_empty(len(columns), lanes, full, 2 * dimension)
+        probabilities = memory.new_empty(len(columns), lanes, full)
         for step, whole in enumerate(columns):
             column = feedback.before(whole) if feedback else whole
             image = torch.bmm(column, torch.complex(memory, -memory.mT))
             left, right = torch.view_as_real(image), torch.view_as_real(column)
-            torch.mul(left.flatten(2), right.flatten(2), out=products[step])
-            rows = (lanes, dimension, -1)
-            memory = measure(torch.bmm(left.reshape(rows), right.reshape(rows).mT))
-            if feedback or estimate:
-                probabilities = products[step].sum(-1)
-                if estimate:
-                    probabilities = estimate(probabilities)
-                    products[step, :, :, 0], products[step, :, :, 1:] = probabilities, 0
-                if feedback:
-                    feedback.after(probabilities)
-        values = (products.sum(-1) @ readout).unflatten(1, (series, len(reservoirs)))
+            torch.mul(left.view(products.shape), right.reshape(products.shape), out=products)
+            torch.sum(products, -1, out=probabilities[step])
+            memory = measure(torch.bmm(left.view(rows), right.reshape(rows).mT))
+            if estimate:
+                probabilities[step] = estimate(probabilities[step])
+            if feedback:
+                feedback.after(probabilities[step])
+        values = (probabilities @ readout).unflatten(1, (series, len(reservoirs)))
         result[:, :, begin : begin + block] = values.permute(1, 2, 0, 3)
     after = State(
         memory.reshape(state.density.shape),
@@ -82,7 +81,7 @@ def evolve(
 
 def block_bytes(device: torch.device) -> int:
     """How much the unitaries of the steps that are prepared at once may take: on a CPU they should stay in its cache."""
-    return 512 << 20 if device.type == "cuda" else 4 << 20
+    return 512 << 20 if device.type == "cuda" else 2 << 20
 
 
 class Measurement:

@@ -41,7 +41,7 @@ def rotate_x(columns: Tensor, qubit: int, angle: Tensor) -> Tensor:
     """RX(angle) on one qubit."""
     blocks = _split(columns, qubit)
     half = angle[..., None, None, None, None] / 2
-    return (blocks * half.cos() - 1j * half.sin() * blocks.flip(-3)).reshape(columns.shape)
+    return (blocks * half.cos() - 1j * half.sin() * blocks.flip(-3)).flatten(-4, -2)
 
 
 def rotate_y(columns: Tensor, qubit: int, angle: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def rotate_y(columns: Tensor, qubit: int, angle: Tensor) -> Tensor:
     blocks = _split(columns, qubit)
     half = angle[..., None, None, None, None] / 2
     sign = torch.tensor([-1.0, 1.0], dtype=angle.dtype, device=columns.device)[:, None, None]
-    return (blocks * half.cos() + half.sin() * sign * blocks.flip(-3)).reshape(columns.shape)
+    return (blocks * half.cos() + half.sin() * sign * blocks.flip(-3)).flatten(-4, -2)
 
 
 def rotate_z(columns: Tensor, subset: tuple[int, ...], angle: Tensor) -> Tensor:

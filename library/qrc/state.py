@@ -62,6 +62,10 @@ class State:
     feedback: Tensor
     counter: Tensor
 
+    def __getitem__(self, place) -> "State":
+        """Some of the sequences."""
+        return State(self.density[place], self.feedback[place], self.counter[place])
+
     def pack(self, layout: Layout) -> Tensor:
         """Rows float64 (..., size)."""
         parts = [self.feedback.double(), self.counter.double()[..., None][..., : layout.counter]]

@@ -9,7 +9,7 @@ discrete Fourier transform; after that a step costs one small matrix product, an
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -87,23 +87,31 @@ class Steps:
 
 def fixed_unitaries(reservoirs: Sequence[QuantumReservoir]) -> Tensor:
     """The unitaries without inputs: complex128 (reservoirs, 2^n, 2^n); those of equal gates are built together."""
-    qubits = reservoirs[0].qubits
-    result = torch.empty(len(reservoirs), 2**qubits, 2**qubits, dtype=torch.complex128)
-    alike: dict[tuple, list[int]] = defaultdict(list)
+    size = 2 ** reservoirs[0].qubits
+    result = torch.empty(len(reservoirs), size, size, dtype=torch.complex128)
     for place, reservoir in enumerate(reservoirs):
         if reservoir.unitary:
             result[place] = reservoir.fixed_unitary()
-        else:
+    for places, sequence in alike_gates(reservoirs):
+        start = torch.eye(size, dtype=torch.complex128).expand(len(places), -1, -1)
+        result[places] = gates.apply_gates(start, sequence)
+    return result
+
+
+def alike_gates(reservoirs: Sequence[QuantumReservoir]) -> Iterator[tuple[list[int], list[gates.Gate]]]:
+    """Places of reservoirs with equal gates, and these gates with one angle per reservoir; own unitaries left out."""
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for place, reservoir in enumerate(reservoirs):
+        if not reservoir.unitary:
             alike[reservoir.kind, reservoir.reps].append(place)
     for places in alike.values():
-        sequences = [reservoirs[place].fixed_gates() for place in places]
-        together = [
-            gates.Gate(same[0].name, same[0].qubits, same[0].angle and torch.stack([gate.angle for gate in same]))
-            for same in zip(*sequences, strict=True)
-        ]
-        start = torch.eye(2**qubits, dtype=torch.complex128).expand(len(places), -1, -1)
-        result[places] = gates.apply_gates(start, together)
-    return result
+        drawn = torch.stack([reservoirs[place].sigma * reservoirs[place].drawn_angles() for place in places])
+        first = reservoirs[places[0]]
+        if first.kind == "su2":
+            yield places, gates.su2_gates(drawn)
+        else:
+            fields = torch.tensor([[reservoirs[k].sigma * reservoirs[k].field] for k in places], dtype=torch.float64)
+            yield places, gates.ising_gates(fields.expand(-1, first.qubits), drawn, first.reps)
 
 
 def rotate_inputs(reservoir: QuantumReservoir, angles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

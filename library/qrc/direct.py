@@ -80,12 +80,12 @@ def evolve(
 
 
 def block_bytes(device: torch.device) -> int:
-    """How much the unitaries of the steps that are prepared at once may take: on a CPU they should stay in its cache."""
+    """Most that the unitaries of steps prepared at once may take: on a CPU they should stay in the cache."""
     return 512 << 20 if device.type == "cuda" else 2 << 20
 
 
 class Measurement:
-    """What the measurement of a step does to the memory: dephasing, and for a period above 1 the reset of some steps."""
+    """What the measurement of a step does to the memory: dephasing, and for a period above 1 the reset."""
 
     def __init__(self, reservoir: QuantumReservoir, dimension: int, counter: Tensor) -> None:
         self.period, self.counter = reservoir.period, counter

@@ -78,15 +78,15 @@ def check_echo_state(reservoir: QuantumReservoir, inputs: Tensor, washout: int, 
         slowest = float(channel_spectrum(reservoir, inputs.mean(0, keepdim=True)).slowest[0])
         if slowest > washout / 5:
             warnings.warn(
-                f"the slowest time scale is {slowest:.3g} steps, more than a fifth of the washout of {washout}: features "
-                "may still drift; use a longer washout or a larger sigma",
+                f"the slowest time scale is {slowest:.3g} steps, more than a fifth of the washout of {washout}: "
+                "features may still drift; use a longer washout or a larger sigma",
                 stacklevel=2,
             )
     return echo
 
 
 def opposite_state(reservoir: QuantumReservoir) -> Tensor:
-    """A state (1, size) far from the start: the memory's qubits |1>, fed-back expectations 1, the last outcome all 1."""
+    """A state (1, size) far from the start: memory qubits |1>, fed-back expectations 1, outcomes all 1."""
     layout = Layout.of(reservoir)
     density = torch.zeros(1, layout.outcomes, layout.dimension, layout.dimension, dtype=torch.float64)
     density[0, -1, -1, -1] = 1

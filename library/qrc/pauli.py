@@ -1,7 +1,7 @@
 """Reservoirs as real transfer matrices between Pauli strings of all qubits: the evolution that takes noise.
 
-A state is r_P = tr(P rho) for the 4^n Pauli strings, index = sum_q p_q 4^q with p = 0, 1, 2, 3 for I, X, Y, Z. A gate is
-the real matrix R_PQ = tr(P U Q U^H) / d on its qubits, noise after a gate multiplies it: depolarising keeps I and
+A state is r_P = tr(P rho) for the 4^n Pauli strings, index = sum_q p_q 4^q with p = 0, 1, 2, 3 for I, X, Y, Z. A gate
+is the real matrix R_PQ = tr(P U Q U^H) / d on its qubits, noise after a gate multiplies it: depolarising keeps I and
 shrinks the rest by 1 - p; damping shrinks X and Y by sqrt(1 - g), Z by 1 - g, and adds g I to Z.
 """
 
@@ -78,7 +78,7 @@ def evolve(
 
 
 class NoiseFactors:
-    """The noise of each reservoir, (reservoirs,), as what it does to transfer matrices (..., reservoirs, rows, columns)."""
+    """The noise of each reservoir, and what it does to transfer matrices (..., reservoirs, rows, columns)."""
 
     def __init__(self, reservoirs: Sequence[QuantumReservoir], device: torch.device, real: torch.dtype) -> None:
         names = ("depolarizing_1", "depolarizing_2", "damping", "readout")

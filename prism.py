@@ -41,7 +41,10 @@ class List(Output):
 
         offers = [("run", name, entry.method, entry.summary) for name, entry in JOBS.items()]
         offers += [("tune", name, name, summary) for name, summary in SEARCHES.items()]
-        offers += [("serve, ask", name, endpoint.kind, endpoint.summary) for name, endpoint in ENDPOINTS.items()]
+        offers += [
+            ("serve, ask", name, endpoint.kind or endpoint.model, endpoint.summary)
+            for name, endpoint in ENDPOINTS.items()
+        ]
         offers += [("reproduce", name, name, "the paper's claims, measured again") for name in REPRODUCTIONS]
         console = self.console()
         for method, (summary, paper) in METHODS.items():

@@ -9,6 +9,7 @@ arrays.safetensors      further named tensors of the method, if any
 import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -80,9 +81,21 @@ class Artifact:
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's state, one tensor in memory at a time."""
-        for name in self.manifest.files:
-            if name.startswith("weights") and name.endswith(".safetensors"):
-                yield from _read_tensors(self.path / name)
+        for file in self.weight_files():
+            yield from _read_tensors(file)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's state by name; reads no weights."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in self.weight_files():
+            with _opened(file) as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        return found
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the model's state, in order."""
+        names = sorted(self.manifest.files)
+        return [self.path / name for name in names if name.startswith("weights") and name.endswith(".safetensors")]
 
     def arrays(self) -> dict[str, Tensor]:
         """The method's further named tensors; empty when it has none."""
@@ -190,10 +203,16 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+            yield name, tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} cannot be read: {_first_line(error)}") from error
 

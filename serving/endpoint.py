@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,7 +37,7 @@ class Endpoint(ABC):
     """One route over one artifact. The class says what is served; an instance is the loaded model.
 
     name, summary       of the route, `POST /<name>/predict`
-    kind                of the artifacts that it takes
+    kind                of the artifacts that it takes; None takes any
     model               under which name training registers them; `models:/<model>@champion` is the default artifact
     Request, Response   bodies of `predict`
     examples            working requests by name; the first is what `prism ask --example` sends
@@ -49,10 +50,10 @@ class Endpoint(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    kind: ClassVar[str]
+    kind: ClassVar[str | None]
     model: ClassVar[str]
     Request: ClassVar[type[Request]]
-    Response: ClassVar[type[Response]]
+    Response: ClassVar[type[Response] | UnionType]
     examples: ClassVar[dict[str, JsonDict]]
     cost_unit: ClassVar[str]
     request_cost: ClassVar[int]

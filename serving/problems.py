@@ -16,7 +16,10 @@ from starlette.responses import Response
 from library.errors import InputError
 
 LOG = logging.getLogger("ray.serve")
-FIELD = re.compile(r"(?P<field>[a-z_]\w*(?:\[\d+\])*): (?P<problem>.*)", re.ASCII | re.DOTALL)
+FIELD = re.compile(r"(?P<field>[a-z_]\w*(?:\.[a-z_]\w*|\[\d+\])*): (?P<problem>.*)", re.ASCII | re.DOTALL)
+NESTED = re.compile(
+    r"(?!(?:int|str|float|bool|list|dict|none)$)[a-z_]\w{0,63}", re.ASCII
+)  # a field, not an alternative
 MOST_FIELDS = 8  # in one response
 LONGEST_NAME = 64  # of a field that a client made up
 MEANINGS = {
@@ -106,8 +109,9 @@ def _fields(errors: Sequence[dict[str, Any]]) -> list[FieldProblem]:
     problems: dict[str, list[str]] = {}
     for error in errors:
         field, problem = _field_name(error["loc"]), _problem(error)
-        if field == "body" and (named := FIELD.fullmatch(problem)):  # a check over several fields that blames one
-            field, problem = named.groups()
+        if named := FIELD.fullmatch(problem):  # a check over several fields that blames one
+            inner, problem = named.groups()
+            field = inner if field == "body" else f"{field}.{inner}"
         problems.setdefault(field, []).append(problem)
     return [
         FieldProblem(field=field, problem=", or ".join(dict.fromkeys(found)))
@@ -116,12 +120,17 @@ def _fields(errors: Sequence[dict[str, Any]]) -> list[FieldProblem]:
 
 
 def _field_name(location: Sequence[str | int]) -> str:
-    """`prompts[2]` for ("body", "prompts", 2); names of a union's alternatives are left out."""
+    """`prompts[2].text` for ("body", "prompts", 2, "text"); names of a union's alternatives are left out."""
     _, *path = location
     if not path or not isinstance(path[0], str):
         return "body"
     name = path[0] if len(path[0]) <= LONGEST_NAME else path[0][:LONGEST_NAME] + "..."
-    return name + "".join(f"[{step}]" for step in path[1:] if isinstance(step, int))
+    for step in path[1:]:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif NESTED.fullmatch(step):
+            name += f".{step}"
+    return name
 
 
 def _problem(error: dict[str, Any]) -> str:

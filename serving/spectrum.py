@@ -1,4 +1,4 @@
-"""The endpoint `spectrum`: how heavy the tail of a weight matrix's spectrum is, beside that of an untrained one."""
+"""The endpoint `spectrum`: the tails of weight matrices beside those of untrained ones, and Hessians of losses."""
 
 import base64
 import binascii
@@ -12,18 +12,21 @@ from pydantic import BaseModel, Field, model_validator
 
 from library.errors import InputError
 from serving.endpoint import Endpoint, Request, Response, optional
+from serving.hessian import HessianQuestion, HessianResponse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.artifact import Artifact
     from library.farms.layers import Layer
+    from serving.hessian_answers import HessianAnswers
 
 MOST_ENTRIES = 16 << 20
 BINS = 60
 CLEARLY = 2.0  # standard errors of alpha beyond which a tail differs from an untrained one's
 FINITE = 3.0  # the exponent of an untrained window of shorter side n deviates by about FINITE (mp_alpha - 1) / n
-INPUTS = ("matrix", "npy", "layer")
+MATRICES = ("matrix", "npy", "layer")
+INPUTS = (*MATRICES, "hessian")
 SETTINGS = ("method", "window", "ratio", "ops", "rule")
 Row = Annotated[list[float], Field(min_length=1, max_length=65_536)]
 EXAMPLE = [[round(math.sin(7 * i * i + 3 * j * j + i * j), 3) for j in range(12)] for i in range(16)]
@@ -36,7 +39,10 @@ def _npy(matrix: list[list[float]]) -> str:
 
 
 class SpectrumRequest(Request):
-    """One of `matrix`, `npy` and `layer`, and how its spectrum is taken. What is left out is as the paper has it."""
+    """One of `matrix`, `npy` and `layer`, and how its spectrum is taken; or a question about a `hessian`.
+
+    What is left out is as the paper has it.
+    """
 
     matrix: list[Row] = optional(min_length=1, max_length=65_536, description="The matrix, row by row.")
     npy: str = optional(
@@ -48,12 +54,17 @@ class SpectrumRequest(Request):
     ratio: float = optional(gt=0, le=1000, description="Columns over rows of a window.")
     ops: int = optional(ge=2, le=32, description="Windows per dimension.")
     rule: Literal["median", "fixfinger", "ks"] = optional(description="Where the tail begins.")
+    hessian: HessianQuestion = optional(
+        description="The curvature of a small network's loss, or of the served model's."
+    )
 
     @model_validator(mode="after")
     def _one_matrix(self) -> Self:
         given = self.model_fields_set & set(INPUTS)
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(INPUTS)}, not {' and '.join(sorted(given)) or 'none'}")
+        if given == {"hessian"} and (stray := self.changes()):
+            raise ValueError(f"{min(stray)}: is about the tail of a matrix, not about a hessian")
         if self.matrix is not None and len({len(row) for row in self.matrix}) > 1:
             raise ValueError("matrix: its rows differ in length")
         return self
@@ -96,47 +107,74 @@ class SpectrumResponse(Response):
 
 
 class Spectrum(Endpoint):
-    """The spectra of matrices, and of a model's layers."""
+    """The spectra of matrices, of a model's layers, and of Hessians."""
 
     name = "spectrum"
-    summary = "Is a layer trained? The tail of its spectrum, free of its shape, beside an untrained one's."
-    kind = "farms"
+    summary = (
+        "Is a layer trained? The tail of its spectrum beside an untrained one's. How does a loss curve? Its Hessian."
+    )
+    kind = None
     model = "farms"
     Request = SpectrumRequest
-    Response = SpectrumResponse
+    Response = SpectrumResponse | HessianResponse
     examples = {  # noqa: RUF012 - read only
         "matrix": {"matrix": EXAMPLE, "window": 8, "ops": 4},
         "npy": {"npy": _npy(EXAMPLE), "method": "plain", "rule": "ks"},
+        "hessian": {
+            "hessian": {
+                "network": {"weights": [[[1.0, -0.5], [0.5, 1.0], [-1.0, 0.3]], [[1.0, 0.2, -0.4], [-0.7, 0.6, 0.9]]]},
+                "inputs": [[0.5, 1.0], [-1.0, 0.2], [0.3, -0.8], [1.2, 0.4]],
+                "targets": [0, 1, 1, 0],
+                "what": ["exact", "top", "trace"],
+            }
+        },
     }
-    cost_unit = "entries of the matrix"
+    cost_unit = "entries of the matrix, or parameters x products with the Hessian"
     request_cost = MOST_ENTRIES
     batch_cost = MOST_ENTRIES
 
-    def __init__(self, layers: "Sequence[Layer]", version: str):
+    def __init__(
+        self, layers: "Sequence[Layer]", version: str, hessian: "HessianAnswers | None" = None, without: str = ""
+    ):
+        """`without` says why there are no layers."""
         self.layers, self.version = {layer.name: layer for layer in layers}, version
+        self.hessian, self.without = hessian, without
 
     @classmethod
     def load(cls, artifact: "Artifact", device: str) -> Self:
         from library.farms.layers import find_layers
+        from serving.hessian_answers import HessianAnswers
 
-        return cls(find_layers(artifact), artifact.version)
+        try:
+            layers, without = find_layers(artifact), ""
+        except InputError as error:  # its matrices are packed, or it has none; other questions can be answered
+            layers, without = [], str(error)
+        return cls(layers, artifact.version, HessianAnswers(artifact, device), without)
 
     def cost(self, request: SpectrumRequest) -> int:
         if request.matrix is not None:
             return len(request.matrix) * len(request.matrix[0])
         if request.npy is not None:
             return max(1, 3 * len(request.npy) // 8)  # two bytes an entry or more
+        if request.hessian is not None:
+            network = request.hessian.network
+            size = self.hessian.parameters if network is None else network.parameters()
+            return size * request.hessian.products(size)
         layer = self.layers.get(request.layer)
         return layer.parameters if layer is not None else 1
 
     def group(self, request: SpectrumRequest) -> Hashable:
         return id(request)  # each is a batch of windows of its own
 
-    def answer(self, requests: Sequence[SpectrumRequest]) -> list[SpectrumResponse]:
-        return [self._response(request) for request in requests]
+    def answer(self, requests: Sequence[SpectrumRequest]) -> list[SpectrumResponse | HessianResponse]:
+        return [
+            self._response(request) if request.hessian is None else self.hessian.answer(request.hessian, self.version)
+            for request in requests
+        ]
 
     def limits(self) -> dict[str, int]:
-        return {"layers": len(self.layers), "largest_layer": max(layer.parameters for layer in self.layers.values())}
+        largest = max((layer.parameters for layer in self.layers.values()), default=0)
+        return {"layers": len(self.layers), "largest_layer": largest, "parameters": self.hessian.parameters}
 
     def _response(self, request: SpectrumRequest) -> SpectrumResponse:
         from library.farms.analysis import checked, measure
@@ -144,7 +182,7 @@ class Spectrum(Endpoint):
         from library.spectral.tails import log_histogram
 
         weight = self._weight(request)
-        given = next(name for name in INPUTS if name in request.model_fields_set)
+        given = next(name for name in MATRICES if name in request.model_fields_set)
         settings = checked(None, request.changes())
         try:
             spectrum, fit, error = measure(weight, settings)
@@ -185,6 +223,8 @@ class Spectrum(Endpoint):
         import torch
 
         if request.layer is not None:
+            if not self.layers:
+                raise InputError(f"layer: the served model has none to read: {self.without}")
             if request.layer not in self.layers:
                 some = ", ".join(list(self.layers)[:3])
                 raise InputError(f"layer: {request.layer!r} is none of the model's {len(self.layers)}, such as {some}")

@@ -93,7 +93,7 @@ def find_layers(source: Source) -> list[Layer]:
     elif isinstance(source, Mapping):
         found = list(_of_state(source))
     elif isinstance(source, Artifact):
-        found = list(_of_files(_artifact_files(source)))
+        found = list(_of_files(source.weight_files()))
     else:
         found = list(_of_files(_files(Path(source))))
     if not found:
@@ -147,7 +147,7 @@ def _of_files(files: list[Path]) -> Iterator[Layer]:
 
 def _files(path: Path) -> list[Path]:
     if (path / MANIFEST).is_file():
-        return _artifact_files(open_artifact(path, verify=False))
+        return open_artifact(path, verify=False).weight_files()
     if path.is_dir() and (found := sorted(path.glob("*.safetensors"))):
         return found
     if path.is_file() and path.suffix == ".safetensors":
@@ -163,11 +163,6 @@ def _from_hub(name: str) -> Path:
 
     with load_errors("model", name, None):
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-
-
-def _artifact_files(artifact: Artifact) -> list[Path]:
-    names = sorted(artifact.manifest.files)
-    return [artifact.path / name for name in names if name.startswith("weights") and name.endswith(".safetensors")]
 
 
 def _of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:

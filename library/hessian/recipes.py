@@ -1,6 +1,6 @@
 """Curvature of any recipe's loss: its batches and losses as a model, and a follower for use while it trains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +69,19 @@ def analyze_recipe(
 
     The Gauss-Newton part, and the classes of a classifier, are there when the recipe tells its outputs and targets.
     """
+    module, loss, data, count = recipe_loss(recipe, model, batches)
+    return analyze(module, loss, data, count=count, gauss_newton=isinstance(module, RecipeOutputs), **options)
+
+
+def recipe_loss(
+    recipe: Recipe, model: nn.Module, batches: Sequence[tuple[tuple[int, Batch], Batch]]
+) -> tuple[nn.Module, Callable[[Tensor, Any], Tensor], list[tuple[Any, Any]], Callable[[Any], int]]:
+    """A recipe's loss as module, loss, data and count: outputs and labels where it tells them, else the loss itself."""
     targets = [recipe.targets(batch) for _, batch in batches]
     if any(target is None for target in targets):
-        return analyze(RecipeLoss(recipe, model), _itself, batches, count=recipe.count, gauss_newton=False, **options)
+        return RecipeLoss(recipe, model), _itself, list(batches), recipe.count
     data = [(numbered, target) for (numbered, _), target in zip(batches, targets, strict=True)]
-    return analyze(RecipeOutputs(recipe, model), F.cross_entropy, data, **options)
+    return RecipeOutputs(recipe, model), F.cross_entropy, data, len
 
 
 class CurvatureFollower:

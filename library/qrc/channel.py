@@ -19,7 +19,7 @@ from library.qrc.state import Layout, State, density_matrix, unpack
 from library.qrc.steps import Steps
 
 ZERO = 1e-9  # eigenvalues of this modulus or less carry nothing over a step
-FIXED_POINT_STEPS = 4000
+FIXED_POINT_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def superoperator(unitary: Tensor, measured: int, reset: int) -> Tensor:
 def fixed_point(reservoir: QuantumReservoir, value: Tensor, tolerance: float = 1e-11) -> Tensor:
     """The state (size,) that a constant input (channels,) leads to.
 
-    Raises InputError when the states still differ by more than `tolerance` after 4000 steps: there is none, the map
+    Raises InputError when the states still differ by more than `tolerance` after 2000 steps: there is none, the map
     oscillates, or its slowest mode is slower than that.
     """
     rows = reservoir.start(1)

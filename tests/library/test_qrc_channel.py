@@ -1,5 +1,6 @@
 """Spectra of channels: golden eigenvalues, what theory demands of them, time scales, onions, and the echo state."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,18 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from tests.library.quantum_cases import (
-    EXPECTATION,
-    IDEAL,
-    LINEAR,
-    NOISE,
-    OUTCOME,
-    PERIODIC,
-    golden,
-    golden_reservoir,
-    reservoir,
-    series,
-)
 
 from library.errors import InputError
 from library.qrc import echo
@@ -36,6 +25,18 @@ from library.qrc.onion import annulus_overlap, design_onion, onion, time_scale_s
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.steps import Steps
 from library.qrc.tasks import memory_capacity
+from tests.library.quantum_cases import (
+    EXPECTATION,
+    IDEAL,
+    LINEAR,
+    NOISE,
+    OUTCOME,
+    PERIODIC,
+    golden,
+    golden_reservoir,
+    reservoir,
+    series,
+)
 
 HALF = torch.full((1, 1), 0.5, dtype=torch.float64)
 STILL = {"scale": 0.2, "bias": -0.1}  # the input 0.5 rotates nothing
@@ -243,7 +244,7 @@ def test_two_starts_meet(name):
         distances.append(float(echo.trace_distance(made, rows[0], rows[1])))
     assert distances[-1] < 1e-6
     if made.mode == "persistent":  # a channel never drives states apart
-        assert all(later <= before + 1e-12 for before, later in zip(distances, distances[1:], strict=False))
+        assert all(later <= before + 1e-12 for before, later in itertools.pairwise(distances))
     found = echo.echo_state(made, series(240, 1, seed=1))
     assert found.rate < 0
     assert found.remaining < 1e-6

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from qiskit import qasm3
+from qiskit import QuantumCircuit, qasm3
 from qiskit.quantum_info import Operator
-from tests.library.quantum_cases import EXPECTATION, IDEAL, NOISY, golden, golden_reservoir, reservoir, series
 
 from library.errors import InputError
 from library.qrc.channel import superoperator
 from library.qrc.circuits import append_step, exact_features, sampled_features, series_circuit, to_qasm3
 from library.qrc.reservoir import QuantumReservoir
-from qiskit import QuantumCircuit
+from tests.library.quantum_cases import EXPECTATION, IDEAL, NOISY, golden, golden_reservoir, reservoir, series
 
 ALL = IDEAL | NOISY
 

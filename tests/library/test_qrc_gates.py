@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.library.quantum_cases import LINEAR, reservoir, series
 
 from library.errors import InputError
 from library.qrc import gates
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.steps import Steps, channel_degrees, rotate_inputs
+from tests.library.quantum_cases import LINEAR, reservoir, series
 
 X = torch.tensor([[0, 1], [1, 0]], dtype=torch.complex128)
 Y = torch.tensor([[0, -1j], [1j, 0]], dtype=torch.complex128)

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tests.library.quantum_cases import ALL_SAMPLED, NOISY, golden, golden_reservoir, reservoir, series
 
 from library.errors import InputError
 from library.qrc import gates
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.shots import SampledReservoir, outcome_probabilities, sample_counts, shot_covariance
+from tests.library.quantum_cases import ALL_SAMPLED, NOISY, golden, golden_reservoir, reservoir, series
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -20,6 +20,12 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Part(BaseModel):
+    """A part of a request body, as strict as the whole."""
+
+    model_config = Request.model_config
+
+
 class Response(BaseModel):
     """An answer. `model` is the version of the artifact that gave it."""
 

@@ -3,9 +3,9 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from serving.endpoint import Response, optional
+from serving.endpoint import Part, Response, optional
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,12 +15,6 @@ BOUND_PRODUCTS = 24  # those that find the interval of the kernel polynomial met
 Numbers = Annotated[list[float], Field(min_length=1, max_length=65_536)]
 Rows = Annotated[list[Numbers], Field(min_length=1, max_length=65_536)]
 What = Literal["exact", "slq", "kpm", "top", "trace", "layers"]
-
-
-class Part(BaseModel):
-    """A part of a request: unknown fields, numbers as texts, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Network(Part):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from library.errors import InputError
 from serving.endpoint import Endpoint, Request, Response, optional
+from serving.farms import AllocationQuestion, AllocationResponse, allocated
 from serving.hessian import HessianQuestion, HessianResponse
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ BINS = 60
 CLEARLY = 2.0  # standard errors of alpha beyond which a tail differs from an untrained one's
 FINITE = 3.0  # the exponent of an untrained window of shorter side n deviates by about FINITE (mp_alpha - 1) / n
 MATRICES = ("matrix", "npy", "layer")
-INPUTS = (*MATRICES, "hessian")
+INPUTS = (*MATRICES, "hessian", "allocate")
 SETTINGS = ("method", "window", "ratio", "ops", "rule")
 Row = Annotated[list[float], Field(min_length=1, max_length=65_536)]
 EXAMPLE = [[round(math.sin(7 * i * i + 3 * j * j + i * j), 3) for j in range(12)] for i in range(16)]
@@ -39,7 +40,7 @@ def _npy(matrix: list[list[float]]) -> str:
 
 
 class SpectrumRequest(Request):
-    """One of `matrix`, `npy` and `layer`, and how its spectrum is taken; or a question about a `hessian`.
+    """One of `matrix`, `npy` and `layer`, and how its spectrum is taken; or a question: `hessian`, `allocate`.
 
     What is left out is as the paper has it.
     """
@@ -57,14 +58,15 @@ class SpectrumRequest(Request):
     hessian: HessianQuestion = optional(
         description="The curvature of a small network's loss, or of the served model's."
     )
+    allocate: AllocationQuestion = optional(description="How much to prune of each layer, from their exponents.")
 
     @model_validator(mode="after")
     def _one_matrix(self) -> Self:
         given = self.model_fields_set & set(INPUTS)
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(INPUTS)}, not {' and '.join(sorted(given)) or 'none'}")
-        if given == {"hessian"} and (stray := self.changes()):
-            raise ValueError(f"{min(stray)}: is about the tail of a matrix, not about a hessian")
+        if not given & set(MATRICES) and (stray := self.changes()):
+            raise ValueError(f"{min(stray)}: is about the tail of a matrix, not about {min(given)}")
         if self.matrix is not None and len({len(row) for row in self.matrix}) > 1:
             raise ValueError("matrix: its rows differ in length")
         return self
@@ -116,7 +118,7 @@ class Spectrum(Endpoint):
     kind = None
     model = "farms"
     Request = SpectrumRequest
-    Response = SpectrumResponse | HessianResponse
+    Response = SpectrumResponse | HessianResponse | AllocationResponse
     examples = {  # noqa: RUF012 - read only
         "matrix": {"matrix": EXAMPLE, "window": 8, "ops": 4},
         "npy": {"npy": _npy(EXAMPLE), "method": "plain", "rule": "ks"},
@@ -128,6 +130,7 @@ class Spectrum(Endpoint):
                 "what": ["exact", "top", "trace"],
             }
         },
+        "allocate": {"allocate": {"alphas": [2.1, 3.4, 4.0], "parameters": [4096, 4096, 16384], "sparsity": 0.5}},
     }
     cost_unit = "entries of the matrix, or parameters x products with the Hessian"
     request_cost = MOST_ENTRIES
@@ -160,21 +163,29 @@ class Spectrum(Endpoint):
             network = request.hessian.network
             size = self.hessian.parameters if network is None else network.parameters()
             return size * request.hessian.products(size)
+        if request.allocate is not None:
+            return len(request.allocate.alphas)
         layer = self.layers.get(request.layer)
         return layer.parameters if layer is not None else 1
 
     def group(self, request: SpectrumRequest) -> Hashable:
         return id(request)  # each is a batch of windows of its own
 
-    def answer(self, requests: Sequence[SpectrumRequest]) -> list[SpectrumResponse | HessianResponse]:
-        return [
-            self._response(request) if request.hessian is None else self.hessian.answer(request.hessian, self.version)
-            for request in requests
-        ]
+    def answer(
+        self, requests: Sequence[SpectrumRequest]
+    ) -> list[SpectrumResponse | HessianResponse | AllocationResponse]:
+        return [self._answer(request) for request in requests]
 
     def limits(self) -> dict[str, int]:
         largest = max((layer.parameters for layer in self.layers.values()), default=0)
         return {"layers": len(self.layers), "largest_layer": largest, "parameters": self.hessian.parameters}
+
+    def _answer(self, request: SpectrumRequest) -> SpectrumResponse | HessianResponse | AllocationResponse:
+        if request.hessian is not None:
+            return self.hessian.answer(request.hessian, self.version)
+        if request.allocate is not None:
+            return allocated(request.allocate, self.version)
+        return self._response(request)
 
     def _response(self, request: SpectrumRequest) -> SpectrumResponse:
         from library.farms.analysis import checked, measure

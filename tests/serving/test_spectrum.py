@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from library import farms
 from library.artifact import Artifact, write_artifact
 from library.errors import InputError
+from library.farms.allocation import allocate
 from serving.app import Served, serve_endpoints
 from serving.client import ask, example
 from serving.spectrum import Spectrum
@@ -79,11 +80,12 @@ def test_a_matrix_gets_the_same_however_it_is_sent(served):
         assert answer["median_alpha"] != answer["alpha"]
     assert example("spectrum")["window"] == 8
     for name, body in Spectrum.examples.items():
-        assert np.isfinite(ask("spectrum", body, served.url)["loss" if name == "hessian" else "alpha"])
+        assert np.isfinite(ask("spectrum", body, served.url)[FIRST.get(name, "alpha")])
     info = httpx.get(f"{served.url}/spectrum/info", trust_env=False).json()
     assert info["limits"]["layers"] == 2
 
 
+FIRST = {"hessian": "loss", "allocate": "achieved"}  # a number of answers that have no alpha
 GOOD = gaussian(20, 20).tolist()
 
 
@@ -107,6 +109,10 @@ GOOD = gaussian(20, 20).tolist()
         ({"npy": npy(np.ones((3, 3, 3)))}, "npy"),
         ({"npy": npy(np.full((20, 20), np.nan))}, "npy"),
         ({"npy": npy(np.ones((0, 3)))}, "npy"),
+        ({"allocate": {"alphas": [2.0], "parameters": [1, 2], "sparsity": 0.5}}, "allocate"),
+        ({"allocate": {"alphas": [2.0], "parameters": [1], "sparsity": 0.9999}}, "allocate"),
+        ({"allocate": {"alphas": [2.0], "parameters": [1], "sparsity": 1.5}}, "allocate"),
+        ({"allocate": {"alphas": [2.0], "parameters": [1], "sparsity": 0.5}, "ops": 3}, "ops"),
     ],
 )
 def test_bad_bodies_name_their_field(served, body, field):
@@ -125,6 +131,15 @@ def test_chance_does_not_look_like_training():
         for method in ("plain", "farms"):
             found = endpoint.answer([Spectrum.Request(matrix=w, window=16, ops=4, method=method) for w in weights])
             assert sum(answer.verdict == "like-untrained" for answer in found) >= 18
+
+
+def test_pruning_ratios_are_the_librarys_and_keep_the_budget(served):
+    question = {"alphas": [2.0, 3.0, 4.0, 2.5], "parameters": [100, 100, 200, 50], "sparsity": 0.6, "epsilon": 0.3}
+    for blocks in ({}, {"blocks": [0, 0, 1, 1]}):
+        found = ask("spectrum", {"allocate": question | blocks}, served.url)
+        expected = allocate(*(question[name] for name in ("alphas", "parameters", "sparsity")), epsilon=0.3, **blocks)
+        assert found["ratios"] == pytest.approx(expected.tolist())
+        assert found["achieved"] == pytest.approx(0.6)
 
 
 def test_more_entries_than_allowed_are_refused_by_their_number():

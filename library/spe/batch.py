@@ -79,7 +79,7 @@ def collate_graphs(
     counts = torch.tensor([len(sample.nodes) for sample in samples])
     starts = counts.cumsum(0) - counts
     kept = torch.tensor([len(sample.values) for sample in samples])
-    values = torch.zeros(len(samples), eigenpairs)
+    values = samples[0].values.new_zeros(len(samples), eigenpairs)
     for row, sample in zip(values, samples, strict=True):
         row[: len(sample.values)] = sample.values
     once = torch.cat([sample.edges + start for sample, start in zip(samples, starts, strict=True)], 1)
@@ -112,11 +112,11 @@ def collate_graphs(
 def _bucket(samples: Sequence[GraphSample], counts: Tensor, graphs: Tensor) -> SizeBucket:
     size = int(counts.max())
     width = max(len(sample.values) for sample in samples)
-    adjacency = torch.zeros(len(samples), size, size)
-    vectors = torch.zeros(len(samples), size, width)
+    vectors = samples[0].vectors.new_zeros(len(samples), size, width)
+    adjacency = vectors.new_zeros(len(samples), size, size)
     for matrix, block, sample in zip(adjacency, vectors, samples, strict=True):
         matrix[sample.edges[0], sample.edges[1]] = 1
         matrix[sample.edges[1], sample.edges[0]] = 1
         block[: len(sample.nodes), : len(sample.values)] = sample.vectors
-    mask = None if int(counts.min()) == size else (torch.arange(size) < counts[:, None]).float()
+    mask = None if int(counts.min()) == size else (torch.arange(size) < counts[:, None]).to(vectors)
     return SizeBucket(adjacency, vectors, graphs, mask)

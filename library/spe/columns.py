@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from library.spe.norms import NormName, make_norm
 from library.spe.perceptron import Perceptron
 
-CHUNK_VALUES = 1 << 18  # of one layer's activations that are worked on at a time, on a CPU
+CHUNK_VALUES = 1 << 19  # of one layer's activations that are worked on at a time, on a CPU
 
 
 class Chunk(NamedTuple):
@@ -113,16 +113,22 @@ class ColumnGin(nn.Module):
             else:
                 weight, bias = weight @ before.weight, linear.weight @ before.bias
             rows = [
-                propagate(layer.matrix(chunk.adjacency), nn.functional.linear(x, weight, bias), linear.bias)
+                propagate(layer, chunk.adjacency, nn.functional.linear(x, weight, bias), linear.bias)
                 for chunk, x in zip(chunks, rows, strict=True)
             ]
             rows = activated(layer.mlp, rows, weights)
         return rows
 
 
-def propagate(matrix: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """S X + bias in every column: matrix (b, s, s), x (b, s, c, h), bias (h,)."""
-    return torch.baddbmm(bias.repeat(x.shape[2]), matrix, x.flatten(2)).view_as(x)
+def propagate(layer: GinLayer, adjacency: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """S X + bias in every column: adjacency (b, s, s), x (b, s, c, h), bias (h,).
+
+    As A X + eps X + X + bias, so that the gradient of eps is a sum and not a product of matrices.
+    """
+    flat = x.flatten(2)
+    loops = torch.eye(adjacency.shape[-1], device=adjacency.device)
+    found = torch.baddbmm(bias.repeat(x.shape[2]), adjacency + loops, flat)
+    return torch.addcmul(found, flat, layer.eps).view_as(x)
 
 
 def entrywise_start(chunk: Chunk, matrix: Tensor, linear: nn.Linear) -> Tensor:

@@ -20,10 +20,11 @@ class Spe(nn.Module):
     Source: Huang, Lu, Robinson, Yang, Zhang, Jegelka, Li, "On the stability of expressive positional encodings for
     graphs", ICLR 2024, equation 3.
 
-    >>> from library.spe.graphs import cycle_sample
-    >>> from library.spe.batch import collate_graphs
-    >>> spe = Spe(Encoding(eigenpairs=5, width=3)).eval()
-    >>> spe(collate_graphs([cycle_sample(5)], eigenpairs=5)).shape
+    >>> from library.spe.encode import encode
+    >>> from library.spectral.graphs import Graphs
+    >>> encoding = Encoding(eigenpairs=5, width=3)
+    >>> ring = Graphs.from_edges([5], [[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
+    >>> encode(Spe(encoding).eval(), ring, encoding).shape
     torch.Size([5, 3])
     """
 

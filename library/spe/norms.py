@@ -44,11 +44,13 @@ class BatchNorm(nn.Module):
             return [self._plain(rows[0])]
         flat = [x.flatten(0, -2).float() for x in rows]
         known = weights or [x.new_ones(len(x)) for x in flat]
-        total = _over_workers(torch.stack([w.sum() for w in known]).sum())
+        total = collective.differentiable_sum(torch.stack([w.sum() for w in known]).sum())
         self._require_rows(float(total))
-        mean = _over_workers(sum(w @ x for w, x in zip(known, flat, strict=True))) / total
+        mean = collective.differentiable_sum(sum(w @ x for w, x in zip(known, flat, strict=True))) / total
         centred = [x - mean for x in flat]
-        variance = _over_workers(sum(w @ x.square() for w, x in zip(known, centred, strict=True))) / total
+        variance = (
+            collective.differentiable_sum(sum(w @ x.square() for w, x in zip(known, centred, strict=True))) / total
+        )
         self._follow(mean, variance * (total / (total - 1)))
         scale = self.weight * torch.rsqrt(variance + EPSILON)
         return [torch.addcmul(self.bias, x, scale).view_as(like) for x, like in zip(centred, rows, strict=True)]
@@ -93,19 +95,3 @@ class NoNorm(nn.Identity):
 def make_norm(name: NormName, width: int) -> BatchNorm | LayerNorm | NoNorm:
     """A normalisation by name."""
     return {"batch": BatchNorm, "layer": LayerNorm, "none": lambda _: NoNorm()}[name](width)
-
-
-class _SumOverWorkers(torch.autograd.Function):
-    """The sum of a tensor over the workers; gradients are summed likewise."""
-
-    @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
-        return collective.all_sum(value)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return collective.all_sum(gradient)
-
-
-def _over_workers(value: Tensor) -> Tensor:
-    return _SumOverWorkers.apply(value) if collective.active() else value

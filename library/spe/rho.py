@@ -68,9 +68,10 @@ class PerceptronRho(nn.Module):
 
 
 class GinDeepSetsRho(nn.Module):
-    """Between GIN layers, deep sets over the columns: X_ij <- ReLU(X_ij W + b + (sum_j X_ij) U); then the sum over j.
+    """After each GIN layer, deep sets over the columns: X_ij <- ReLU(X_ij W + b + (sum_j X_ij) U).
 
-    With the last linear layer of an MLP, W_3 x + b_3, inside: both linear maps are applied after it as one.
+    PE_i is then the sum over j. All sums run over a graph's own columns; the last layer has no ReLU. The last linear
+    layer of an MLP, W_3 x + b_3, is part of both linear maps.
     """
 
     def __init__(self, gin: ColumnGin) -> None:
@@ -98,7 +99,7 @@ class GinDeepSetsRho(nn.Module):
                 rows = [factored_start(chunk, layer.matrix(chunk.adjacency), linear) for chunk in chunks]
             else:
                 rows = [
-                    propagate(layer.matrix(chunk.adjacency), F.linear(x, linear.weight), linear.bias)
+                    propagate(layer, chunk.adjacency, F.linear(x, linear.weight), linear.bias)
                     for chunk, x in zip(chunks, rows, strict=True)
                 ]
             rows = activated(layer.mlp, rows, weights)
@@ -109,7 +110,8 @@ class GinDeepSetsRho(nn.Module):
         own, pooled = self.own[place], self.pooled[place]
         total = F.linear(own_columns(x, chunk.mask), last.weight)
         total = total + column_counts(chunk, total) * last.bias
-        return F.relu(F.linear(x, own.weight @ last.weight, own(last.bias)) + pooled(total)[:, :, None])
+        mixed = F.linear(x, own.weight @ last.weight, own(last.bias)) + pooled(total)[:, :, None]
+        return F.relu(mixed) if place + 1 < len(self.own) else mixed
 
 
 def factored_chunks(phi: Tensor, batch: SpeBatch, width: int, *, counted: bool) -> list[Chunk]:
@@ -131,8 +133,8 @@ def factored_chunks(phi: Tensor, batch: SpeBatch, width: int, *, counted: bool) 
 def padding_weights(bucket: SizeBucket, counts: Tensor, most: int) -> Tensor:
     """How often each row (b, s, s + 1) counts when all graphs are padded to `most` columns: int counts (b,) nodes."""
     place = torch.arange(bucket.adjacency.shape[1] + 1, device=counts.device)
-    columns = (place < counts[:, None]).float() + (place == counts[:, None]) * (most - counts[:, None])
-    rows = (place[:-1] < counts[:, None]).float()
+    columns = (place < counts[:, None]).to(bucket.vectors) + (place == counts[:, None]) * (most - counts[:, None])
+    rows = (place[:-1] < counts[:, None]).to(bucket.vectors)
     return rows[:, :, None] * columns[:, None]
 
 

@@ -103,7 +103,10 @@ class Backbone(BaseModel, frozen=True, extra="forbid"):
 
 
 class Schema(BaseModel, frozen=True, extra="forbid"):
-    """What graphs hold: how many types, or how many features, nodes and edges have; and what is predicted."""
+    """What graphs hold: how many types, or how many features, nodes and edges have; and what is predicted.
+
+    `reader` says how molecules become such graphs: by tokens of the `vocabulary`, by features, or not at all.
+    """
 
     node_types: NonNegativeInt = 0
     node_features: NonNegativeInt = 0
@@ -112,7 +115,8 @@ class Schema(BaseModel, frozen=True, extra="forbid"):
     targets: tuple[str, ...] = ("y",)
     task: Literal["regression", "binary"] = "regression"
     unit: str = ""
-    reader: Literal["zinc", "drugood", "none"] = "none"
+    reader: Literal["tokens", "features", "none"] = "none"
+    vocabulary: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Schema":

@@ -90,6 +90,12 @@ def exact_features(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
     inputs = checked_inputs(inputs[None])[0]
     if reservoir.mode != "persistent" and reservoir.feedback_by == "expectation":
         return _exact_with_expectations(reservoir, inputs)
+    circuit = density_circuit(reservoir, inputs)
+    return probability_features(reservoir, _density_simulator(reservoir).run(circuit, shots=1).result().data(0))
+
+
+def density_circuit(reservoir: QuantumReservoir, inputs: Tensor) -> QuantumCircuit:
+    """The circuit of `exact_features` for Aer's density-matrix method: saves the probabilities of step t as "t"."""
     by_outcome = reservoir.mode != "persistent"
     held = reservoir.measured_qubits if by_outcome else 0
     circuit = QuantumCircuit(reservoir.qubits + held)
@@ -102,8 +108,12 @@ def exact_features(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
         circuit.save_probabilities(list(range(reservoir.qubits)), label=f"{step}")
         if (step + 1) % reservoir.period == 0:
             _average_measurement(circuit, reservoir, held)
-    data = _density_simulator(reservoir).run(circuit, shots=1).result().data(0)
-    return _features(reservoir, np.stack([data[f"{step}"] for step in range(len(inputs))]))
+    return circuit
+
+
+def probability_features(reservoir: QuantumReservoir, data: dict[str, np.ndarray]) -> Tensor:
+    """Features float64 (time, width) of what `density_circuit` saved."""
+    return _features(reservoir, np.stack([data[f"{step}"] for step in range(len(data))]))
 
 
 def sampled_features(

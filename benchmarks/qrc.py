@@ -1,0 +1,142 @@
+"""Time quantum reservoirs against qiskit-aer on the same circuits, in one run.
+
+Aer runs the long circuit of a series, built before: exact with density matrices (measurements as dephasing, the
+probabilities of each step saved), and with shots of state vectors. It gets its circuits as one job, and as many threads
+as torch. What its user waits for counts; the part of it that is its simulator's own, without the conversion of circuits
+and results, is shown beside it. Ours evolves 64 reservoirs at once; their exact features must agree with Aer's.
+
+    python benchmarks/qrc.py [--steps N] [--shots N] [--threads N] [--repeat N] [--out FILE.json]
+
+qiskit-aer is a dependency of the project: there is nothing to install.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from library.qrc.circuits import density_circuit, probability_features, series_circuit
+from library.qrc.drive import drive_many
+from library.qrc.reservoir import QuantumReservoir
+from library.qrc.shots import SampledReservoir
+
+BATCH = 64
+GOALS = {"exact": 300.0, "shots": 10_000.0}
+
+
+def seconds(call: Callable[[], object], repeat: int) -> float:
+    """The median time of a call, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def batch(measured: int) -> list[QuantumReservoir]:
+    """Reservoirs of four qubits, each with its own angles and scale of angles, driven by the same rotations."""
+    sigmas = torch.logspace(-1.5, 0.3, BATCH).tolist()
+    return [QuantumReservoir(measured=measured, sigma=sigma, seed=k) for k, sigma in enumerate(sigmas)]
+
+
+def measure_aer(measured: int, options: argparse.Namespace) -> dict:
+    """Seconds per step and reservoir of Aer and of this library, and the largest difference of exact features."""
+    from qiskit_aer import AerSimulator
+
+    parallel = {"max_parallel_threads": options.threads, "max_parallel_experiments": options.threads}
+    reservoirs = batch(measured)
+    inputs = torch.rand(options.steps, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few = reservoirs[:: BATCH // 4]
+    exact = AerSimulator(method="density_matrix", **parallel)
+    circuits = [density_circuit(reservoir, inputs) for reservoir in few]
+    data = exact.run(circuits, shots=1).result()
+    ours, _ = drive_many(few, inputs[None])
+    difference = max(
+        float((probability_features(reservoir, data.data(k)) - ours[k][0]).abs().max())
+        for k, reservoir in enumerate(few)
+    )
+    short = inputs[: options.shot_steps]
+    sampled = AerSimulator(method="statevector", **parallel)
+    shot_circuit = series_circuit(few[0], short)
+    read = few[0].model_copy(update={"observed": "measured"})
+    own = {
+        kind: SampledReservoir(reservoir=read, shots=options.shots, sampling=kind)
+        for kind in ("independent", "trajectory")
+    }
+    one = [reservoirs[0]]
+    return {
+        "measured": measured,
+        "difference": difference,
+        "aer kernel": sum(part.time_taken for part in data.results) / len(few) / len(inputs),
+        "aer exact": seconds(lambda: exact.run(circuits, shots=1).result(), options.repeat) / len(few) / len(inputs),
+        "aer shots": seconds(lambda: sampled.run(shot_circuit, shots=options.shots).result(), options.repeat)
+        / len(short),
+        "batch": seconds(lambda: drive_many(reservoirs, inputs[None]), options.repeat) / BATCH / len(inputs),
+        "single precision": seconds(lambda: drive_many(reservoirs, inputs[None], dtype=torch.complex64), options.repeat)
+        / BATCH
+        / len(inputs),
+        "alone": seconds(lambda: drive_many(one, inputs[None]), options.repeat) / len(inputs),
+        "shots": seconds(lambda: own["independent"].drive(short[None]), options.repeat) / len(short),
+        "trajectories": seconds(lambda: own["trajectory"].drive(short[None]), options.repeat) / len(short),
+    }
+
+
+def report_aer(rows: list[dict], options: argparse.Namespace, console: Console) -> dict[str, float]:
+    """Print microseconds per step and reservoir, and ratios; the best of the measured settings for each goal."""
+    table = Table(title=f"Microseconds per step and reservoir of 4 qubits, {options.threads} threads")
+    for name in ("way", *(f"{row['measured']} measured" for row in rows)):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for label, name, peer in (
+        ("Aer, exact", "aer exact", None),
+        ("Aer, exact, its simulator's part", "aer kernel", None),
+        (f"Aer, {options.shots} shots", "aer shots", None),
+        (f"exact, {BATCH} at once", "batch", "aer exact"),
+        (f"exact, {BATCH} at once, complex64", "single precision", "aer exact"),
+        ("exact, one alone", "alone", "aer exact"),
+        (f"{options.shots} shots per step, one alone", "shots", "aer shots"),
+        (f"{options.shots} shots of one circuit, one alone", "trajectories", "aer shots"),
+    ):
+        cells = [f"{1e6 * row[name]:.2f}" + (f" ({row[peer] / row[name]:,.0f}x)" if peer else "") for row in rows]
+        table.add_row(label, *cells)
+    console.print(table)
+    difference = max(row["difference"] for row in rows)
+    console.print(f"exact features differ from Aer's by at most {difference:.1e}")
+    ratios = {}
+    for mode, goal in GOALS.items():
+        each = {row["measured"]: row[f"aer {mode}"] / row["batch"] for row in rows}
+        ratios[mode] = max(each.values())
+        listed = ", ".join(f"{ratio:,.0f} with {m} measured" for m, ratio in each.items())
+        console.print(f"{BATCH} exact reservoirs against Aer's {mode} mode: {listed} times faster (goal {goal:,.0f})")
+    return ratios
+
+
+def main() -> None:
+    """Parse the command line, measure, print, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="steps of the exact series")
+    parser.add_argument("--shots", type=int, default=4096, help="shots where there are shots")
+    parser.add_argument("--shot-steps", type=int, default=12, help="steps of the series with shots")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and of Aer")
+    parser.add_argument("--repeat", type=int, default=3, help="timings of each, whose median counts")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    rows = [measure_aer(measured, options) for measured in (1, 2)]
+    ratios = report_aer(rows, options, console)
+    if options.out:
+        machine = {"processor": platform.machine(), "threads": options.threads, "torch": torch.__version__}
+        options.out.write_text(json.dumps({"machine": machine, "aer": rows, "ratios": ratios}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ class BatchNorm(nn.Module):
             return [torch.addcmul(shift, x, scale) for x in rows]
         if weights is None and len(rows) == 1 and not collective.active():
             return [self._plain(rows[0])]
-        flat = [x.flatten(0, -2).float() for x in rows]
+        flat = [x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) for x in rows]
         known = weights or [x.new_ones(len(x)) for x in flat]
         total = collective.differentiable_sum(torch.stack([w.sum() for w in known]).sum())
         self._require_rows(float(total))

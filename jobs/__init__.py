@@ -33,6 +33,7 @@ METHODS = {
     "hawq": Method("HAWQ-V2: bits for each layer from the curvature of the loss, chosen exactly", "arXiv 1911.03852"),
     "hessian": Method("spectra of the loss's Hessian: bulk, outliers and the classes behind them", "arXiv 1706.04454"),
     "farms": Method("FARMS: spectra of layers free of their shapes, for pruning and rates", "arXiv 2506.06280"),
+    "qrc": Method("onions of quantum reservoirs, their memory read off a channel's spectrum", "arXiv 2505.22837"),
 }
 
 JOBS = {
@@ -55,6 +56,7 @@ JOBS = {
     "farms-prune": JobEntry(
         "farms", "jobs.farms_prune:FarmsPruneJob", "prune a causal language model, layers by their spectra"
     ),
+    "qrc": JobEntry("qrc", "jobs.qrc:QrcJob", "fit a forecaster of corrosion, or of your own series, and measure it"),
 }
 
 SEARCHES = {

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from library.errors import InputError, PrismError
+from serving.corrosion import Corrosion
 from serving.endpoint import Endpoint
 from serving.hawq import Advise, Classify
 from serving.send import Hallucination, Score
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from cluster import Connection
 
 ENDPOINTS: dict[str, type[Endpoint]] = {
-    endpoint.name: endpoint for endpoint in (Hallucination, Score, Spectrum, Classify, Advise)
+    endpoint.name: endpoint for endpoint in (Hallucination, Score, Spectrum, Classify, Advise, Corrosion)
 }
 LOG = logging.getLogger(__name__)
 REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")

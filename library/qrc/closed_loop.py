@@ -92,13 +92,12 @@ def run_closed(
     errors = last.new_zeros(copies, series, horizon, last.shape[-1])
     if paths:
         generator = torch.Generator().manual_seed(seed)
-        drawn = model.residuals_.paths(paths * series, horizon, generator)
-        errors[1:] = drawn.reshape(paths, series, horizon, -1)
+        errors[1:] = model.residuals_.paths(paths, horizon, generator)[:, None]  # a series' do not depend on others
     errors = errors.flatten(0, 1)
     if future is not None:
         features, _ = model.reservoir_.drive(future, state)
         outputs = model.readout_(model.with_inputs(features, future))
-        found = outputs.repeat(copies, 1, 1) + errors
+        found = model.bounded(outputs).repeat(copies, 1, 1) + errors
     else:
         found = _loop(model, state.repeat(copies, 1), last.repeat(copies, 1), errors)
     shown = model.shown(found).unflatten(0, (copies, series))
@@ -123,7 +122,7 @@ def _loop(model: "Forecaster", state: Tensor, last: Tensor, errors: Tensor) -> T
         features, state = model.reservoir_.drive(given[:, None], state)
         outputs = model.readout_(model.with_inputs(features, given[:, None]))[:, 0]
         place = step if targets else step + 1
-        found[:, place] = outputs + errors[:, place]
+        found[:, place] = model.bounded(outputs) + errors[:, place]
         given = found[:, place, targets:].clamp(*model.clip)
     return found if targets else found.clamp(*model.clip)
 

@@ -2,7 +2,8 @@
 
 The simulator is this project's own, made to have the time scales that corrosion has: the electrolyte film lives for
 hours, salt is deposited for days until rain washes it off, pits activate over weeks, products shield for months. Its
-output is called simulated wherever it appears. Time step 1 hour, units as in `COLUMNS`; `simulate` numbers its equations.
+output is called simulated wherever it appears. Time step 1 hour, units as in `COLUMNS`; the equations' numbers are in
+the comments of `simulate`.
 """
 
 from dataclasses import dataclass

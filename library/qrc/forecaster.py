@@ -1,29 +1,24 @@
-"""A forecaster after scikit-learn's manner: any reservoir, a ridge read-out, closed loops, and an artifact."""
+"""A forecaster after scikit-learn's manner: any reservoir, a ridge read-out, streams, and closed loops."""
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from library.artifact import Artifact, write_artifact
-from library.errors import ArtifactError, InputError
+from library.errors import InputError
 from library.qrc.closed_loop import Forecast, Residuals, run_closed
-from library.qrc.esn import EchoState
 from library.qrc.hybrid import HybridReservoir
-from library.qrc.readout import ALPHAS, ReadOut, RidgePath, ridge_path
+from library.qrc.readout import ALPHAS, ridge_path
 from library.qrc.reservoir import QuantumReservoir, Reservoir
 from library.qrc.sequences import Batch
+from library.qrc.shots import SampledReservoir
 
-KIND = "qrc"
 ONION = HybridReservoir(members=tuple(QuantumReservoir(sigma=sigma, seed=i) for i, sigma in enumerate((0.1, 0.3, 1.0))))
-RESERVOIRS: TypeAdapter[Any] = TypeAdapter(HybridReservoir | QuantumReservoir | EchoState)
-SETTINGS = ("alphas", "choose", "washout", "repeats", "skip", "scale", "clip", "closed_loop", "standardize")
+WINDOWS = 16  # stretches of the training series whose last states make the typical one
 
 
 class Forecaster(RegressorMixin, BaseEstimator):
@@ -35,6 +30,8 @@ class Forecaster(RegressorMixin, BaseEstimator):
                   chooses by the error on other series instead
     washout       rows at the start of each series from which nothing is learned, and which `score` leaves out
     repeats       how often the first row is shown before a series begins
+    start         typical: what is predicted begins in the mean state of training, which is far from no read row;
+                  reset: in the reservoir's own start. Training always begins in the latter, and has the washout
     skip          give the read-out the scaled inputs beside the features
     scale         map each input from its range in training to [0, 1]
     clip          least and largest value of what drives the reservoir
@@ -61,6 +58,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
         choose: Literal["loo", "gcv"] = "loo",
         washout: int = 100,
         repeats: int = 0,
+        start: Literal["typical", "reset"] = "typical",
         skip: bool = False,
         scale: bool = True,
         clip: tuple[float, float] = (0.0, 1.2),
@@ -73,12 +71,18 @@ class Forecaster(RegressorMixin, BaseEstimator):
         self.choose = choose
         self.washout = washout
         self.repeats = repeats
+        self.start = start
         self.skip = skip
         self.scale = scale
         self.clip = clip
         self.closed_loop = closed_loop
         self.standardize = standardize
         self.device = device
+
+    @property
+    def loops(self) -> bool:
+        """Whether next inputs are among the outputs, so that a forecast needs no further ones."""
+        return self.closed_loop or not self.n_targets_
 
     def fit(
         self,
@@ -97,29 +101,20 @@ class Forecaster(RegressorMixin, BaseEstimator):
 
         Raises InputError for series that do not fit together, are shorter than the washout, or not finite.
         """
-        self._check_settings()
-        batch = Batch.of(X, "X", device=self.device)
-        channels = batch.values.shape[2]
-        counted = batch.mask(0)
-        self.low_, self.high_ = torch.zeros(channels), torch.ones(channels)
-        if self.scale:
-            rows = batch.values[counted]
-            self.low_, self.high_ = rows.amin(0), rows.amax(0)
-            if (flat := (self.high_ <= self.low_).nonzero()).numel():
-                raise InputError(f"X: channel {int(flat[0])} is constant, so it has no range to scale by; leave it out")
-        self.low_, self.high_ = (edge.to(self.device, torch.float64) for edge in (self.low_, self.high_))
+        batch = self.fit_range(X)
         self.reservoir_ = self.reservoir if self.reservoir is not None else ONION
         outputs = batch.aligned(y, "y") if y is not None else None
-        self.n_features_in_ = channels
         self.n_targets_ = outputs.values.shape[2] if outputs is not None else 0
         self.flat_ = outputs.flat if outputs is not None else batch.flat
         inputs = self.scaled(batch.values)
         driven = self._driven(inputs, features, fitting=True)
+        self.typical_ = self._typical(inputs)
         x, wanted, _ = self._pairs(batch, outputs, inputs, driven)
         self.target_range_ = torch.stack([wanted.amin(0), wanted.amax(0)])
         path = ridge_path(x, wanted, self.alphas, standardize=self.standardize)
+        floor = shot_floor(self.reservoir_, x)
         if validation is None:
-            self.readout_ = self._least(path)
+            self.readout_ = path.least(path.loo if self.choose == "loo" else path.gcv, floor)
             self.residuals_ = Residuals.of(self._errors(batch, outputs, inputs, driven))
             return self
         other = Batch.of(validation[0], "validation X", device=self.device)
@@ -127,9 +122,23 @@ class Forecaster(RegressorMixin, BaseEstimator):
         shown = self.scaled(other.values)
         other_driven = self._driven(shown, validation_features)
         rows, target, _ = self._pairs(other, other_y, shown, other_driven)
-        self.readout_ = path.least((path.predictions(rows) - target).square().mean(1))
+        self.readout_ = path.least((path.predictions(rows) - target).square().mean(1), floor)
         self.residuals_ = Residuals.of(self._errors(other, other_y, shown, other_driven))
         return self
+
+    def fit_range(self, X: Any) -> Batch:
+        """Learn the range of each input alone, after which `scaled` can be asked; X as a batch."""
+        self._check_settings()
+        batch = Batch.of(X, "X", device=self.device)
+        self.n_features_in_ = channels = batch.values.shape[2]
+        self.low_, self.high_ = torch.zeros(channels), torch.ones(channels)
+        if self.scale:
+            rows = batch.values[batch.mask(0)]
+            self.low_, self.high_ = rows.amin(0), rows.amax(0)
+            if (flat := (self.high_ <= self.low_).nonzero()).numel():
+                raise InputError(f"X: channel {int(flat[0])} is constant, so it has no range to scale by; leave it out")
+        self.low_, self.high_ = (edge.to(self.device, torch.float64) for edge in (self.low_, self.high_))
+        return batch
 
     def predict(self, X: Any, *, features: Tensor | None = None) -> Any:
         """Targets of each row of X; without targets in `fit`, the row after it. float64, in the targets' form."""
@@ -161,7 +170,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
     def begin(self, series: int = 1) -> Tensor:
         """The state of the reservoir before the first row of `series` series; `advance` takes and gives it."""
         self._check_fitted()
-        return self.reservoir_.start(series).to(self.device)
+        return self._begin(series)
 
     def advance(self, X: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions (series, time, targets) for the next rows, and the state after them.
@@ -194,7 +203,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
         self._check_fitted()
         if horizon < 1 or paths < 0 or not 0 < level < 1:
             raise InputError(f"horizon {horizon}, paths {paths}, level {level}: at least 1, at least 0, within (0, 1)")
-        if future is None and not self._loops():
+        if future is None and not self.loops:
             raise InputError("future: this forecaster did not learn next inputs; give them, or fit with closed_loop")
         batch = self._columns(Batch.of(X, "X", device=self.device))
         if len(set(batch.lengths)) > 1:
@@ -210,7 +219,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
     def prime(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The state after the rows `values` (series, time, channels), and the read-out's last row (series, outputs)."""
         inputs = self._repeated(self.scaled(values))
-        features, state = self.reservoir_.drive(inputs)
+        features, state = self.reservoir_.drive(inputs, self.begin(len(inputs)))
         return state, self.readout_(self.with_inputs(features[:, -1:], inputs[:, -1:]))[:, 0]
 
     def outside(self, values: Tensor) -> Tensor:
@@ -223,78 +232,28 @@ class Forecaster(RegressorMixin, BaseEstimator):
         """What drives the reservoir for inputs (..., channels)."""
         return ((values - self.low_) / (self.high_ - self.low_)).clamp(*self.clip)
 
+    def driving(self, X: Any) -> Tensor:
+        """What the reservoir is shown for series X: scaled, the first row repeated, (series, time, channels)."""
+        return self._repeated(self.scaled(self._columns(Batch.of(X, "X", device=self.device)).values))
+
+    def bounded(self, outputs: Tensor) -> Tensor:
+        """Outputs with targets no further beyond the range of training than half its width."""
+        if not self.n_targets_:
+            return outputs
+        low, high = self.target_range_[:, : self.n_targets_]
+        margin = (high - low) / 2
+        kept = outputs[..., : self.n_targets_].clamp(low - margin, high + margin)
+        return torch.cat([kept, outputs[..., self.n_targets_ :]], -1)
+
     def unscaled(self, inputs: Tensor) -> Tensor:
         """The inputs that scaled ones stand for."""
         return self.low_ + inputs * (self.high_ - self.low_)
 
-    def save(
-        self,
-        path: str | Path,
-        *,
-        metrics: dict[str, float],
-        data: str,
-        about: dict[str, Any] | None = None,
-        texts: dict[str, str] | None = None,
-    ) -> Artifact:
-        """Write the fitted forecaster as an artifact; `about` joins its recipe. No pickle."""
-        self._check_fitted()
-        settings = {name: getattr(self, name) for name in SETTINGS}
-        recipe = {
-            "reservoir": self.reservoir_.model_dump(mode="json"),
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-            "targets": self.n_targets_,
-            "flat": self.flat_,
-        }
-        weights = {
-            "low": self.low_,
-            "high": self.high_,
-            "weights": self.readout_.weights,
-            "intercept": self.readout_.intercept,
-            "alpha": self.readout_.alpha,
-            "residuals": self.residuals_.rows,
-            "residual_ends": self.residuals_.ends,
-            "target_range": self.target_range_,
-        }
-        recipe = {"forecaster": recipe, **(about or {})}
-        return write_artifact(path, kind=KIND, recipe=recipe, weights=weights, metrics=metrics, data=data, texts=texts)
-
-    @classmethod
-    def load(cls, artifact: Artifact, *, device: str = "cpu") -> Self:
-        """The fitted forecaster of an artifact: its predictions are the same to the last bit.
-
-        Raises ArtifactError for parts that are missing or do not fit together.
-        """
-        try:
-            recipe = dict(artifact.recipe["forecaster"])
-            reservoir = RESERVOIRS.validate_python(recipe["reservoir"])
-            settings = {name: recipe[name] for name in SETTINGS}
-            arrays = {name: value.to(device) for name, value in artifact.weights().items()}
-            made = cls(reservoir, device=device, **{**settings, "clip": tuple(settings["clip"])})
-            made.n_targets_, made.flat_ = int(recipe["targets"]), bool(recipe["flat"])
-            made.low_, made.high_, made.target_range_ = (arrays[name] for name in ("low", "high", "target_range"))
-            made.readout_ = ReadOut(*(arrays[name] for name in ("weights", "intercept", "alpha")))
-            made.residuals_ = Residuals(arrays["residuals"], arrays["residual_ends"])
-        except (KeyError, TypeError, ValidationError) as error:
-            first = str(error).splitlines()[0]
-            raise ArtifactError(f"{artifact.path} is no forecaster: {type(error).__name__} {first}") from error
-        made.reservoir_, made.n_features_in_ = reservoir, len(made.low_)
-        width = reservoir.width + (made.n_features_in_ if made.skip else 0)
-        if made.readout_.weights.shape != (width, made._outputs()):
-            raise ArtifactError(
-                f"{artifact.path}: the read-out is {tuple(made.readout_.weights.shape)}, the reservoir gives {width} "
-                f"features for {made._outputs()} outputs"
-            )
-        return made
-
     def __sklearn_clone__(self) -> Self:
         return type(self)(**copy.deepcopy(self.get_params(deep=False)))
 
-    def _loops(self) -> bool:
-        """Whether next inputs are among the outputs."""
-        return self.closed_loop or not self.n_targets_
-
     def _outputs(self) -> int:
-        return self.n_targets_ + (self.n_features_in_ if self._loops() else 0)
+        return self.n_targets_ + (self.n_features_in_ if self.loops else 0)
 
     def _visible(self) -> int:
         """Outputs that are predictions: the targets, or the next inputs where there are none."""
@@ -304,9 +263,6 @@ class Forecaster(RegressorMixin, BaseEstimator):
         """The visible outputs, next inputs in their own units."""
         return outputs[..., : self.n_targets_] if self.n_targets_ else self.unscaled(outputs)
 
-    def _least(self, path: RidgePath) -> ReadOut:
-        return path.least(path.loo if self.choose == "loo" else path.gcv)
-
     def _pairs(
         self, batch: Batch, outputs: Batch | None, inputs: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,13 +271,13 @@ class Forecaster(RegressorMixin, BaseEstimator):
             raise InputError(f"y has {outputs.values.shape[2]} columns; {self.n_targets_} were learned")
         if outputs is None and self.n_targets_:
             raise InputError("y: targets were learned, so targets are needed here too")
-        mask = batch.mask(self.washout, int(self._loops()))
+        mask = batch.mask(self.washout, int(self.loops))
         if int(mask.sum()) < 2:
             raise InputError(
                 f"washout {self.washout} leaves {int(mask.sum())} of {sum(batch.lengths)} rows; use longer series"
             )
         parts = [] if outputs is None else [outputs.values]
-        if self._loops():
+        if self.loops:
             parts.append(torch.cat([inputs[:, 1:], inputs[:, -1:]], 1))
         return rows[mask], torch.cat(parts, -1)[mask], mask
 
@@ -336,7 +292,8 @@ class Forecaster(RegressorMixin, BaseEstimator):
         if fitting and features is None and isinstance(self.reservoir_, HybridReservoir) and not self.reservoir_.centre:
             self.reservoir_ = fitted_hybrid(self.reservoir_, repeated)
         if features is None:
-            features = self.reservoir_.drive(repeated)[0][:, self.repeats :]
+            begin = self._reset(len(inputs)) if fitting else self._begin(len(inputs))
+            features = self.reservoir_.drive(repeated, begin)[0][:, self.repeats :]
         if features.shape != (*inputs.shape[:2], self.reservoir_.width):
             wanted = (*inputs.shape[:2], self.reservoir_.width)
             raise InputError(f"features have shape {tuple(features.shape)}; needed {wanted}")
@@ -345,6 +302,22 @@ class Forecaster(RegressorMixin, BaseEstimator):
     def with_inputs(self, features: Tensor, inputs: Tensor) -> Tensor:
         """What the read-out sees: the features, and with `skip` the scaled inputs."""
         return torch.cat([features, inputs], -1) if self.skip else features
+
+    def _begin(self, series: int) -> Tensor:
+        return self.typical_.expand(series, -1) if self.start == "typical" else self._reset(series)
+
+    def _reset(self, series: int) -> Tensor:
+        return self.reservoir_.start(series).to(self.device, torch.float64)
+
+    def _typical(self, inputs: Tensor) -> Tensor:
+        """The mean state after stretches of training as long as the washout, (1, size).
+
+        A mean of density matrices is one, and what is linear in the state takes its mean value there.
+        """
+        length = min(inputs.shape[1], max(self.washout, 50))
+        first = torch.linspace(0, inputs.shape[1] - length, WINDOWS).long()
+        windows = torch.stack([inputs[number % len(inputs), t : t + length] for number, t in enumerate(first.tolist())])
+        return self.reservoir_.drive(windows)[1].mean(0, keepdim=True)
 
     def _repeated(self, inputs: Tensor) -> Tensor:
         return torch.cat([inputs[:, :1].expand(-1, self.repeats, -1), inputs], 1)
@@ -362,8 +335,8 @@ class Forecaster(RegressorMixin, BaseEstimator):
     def _check_settings(self) -> None:
         if self.washout < 0 or self.repeats < 0:
             raise InputError(f"washout {self.washout}, repeats {self.repeats}: at least 0")
-        if self.choose not in ("loo", "gcv"):
-            raise InputError(f"choose {self.choose!r}: loo or gcv")
+        if self.choose not in ("loo", "gcv") or self.start not in ("typical", "reset"):
+            raise InputError(f"choose {self.choose!r}, start {self.start!r}: loo or gcv, typical or reset")
         if len(self.clip) != 2 or not self.clip[0] < self.clip[1]:
             raise InputError(f"clip {self.clip}: a smaller and a larger number")
 
@@ -377,3 +350,23 @@ def fitted_hybrid(reservoir: HybridReservoir, inputs: Tensor) -> HybridReservoir
     if reservoir.wiring == "parallel":
         return reservoir
     return reservoir.calibrated(HybridReservoir(members=reservoir.members).drive(inputs)[0])
+
+
+def shot_floor(reservoir: Reservoir, rows: Tensor) -> float:
+    """The least alpha that makes sense for sampled features (samples, columns); 0 for exact ones.
+
+    A feature f of `shots` shots carries the variance (1 - f^2) / shots, and noise acts as a ridge of its share in the
+    feature's variance: the median of these shares.
+    """
+    if isinstance(reservoir, SampledReservoir):
+        blocks = [(range(reservoir.width), reservoir.shots)]
+    elif isinstance(reservoir, HybridReservoir):
+        pairs = zip(reservoir.blocks, reservoir.members, strict=False)
+        blocks = [(block, member.shots) for block, member in pairs if isinstance(member, SampledReservoir)]
+    else:
+        blocks = []
+    shares = []
+    for block, shots in blocks:
+        columns = rows[:, block.start : block.stop]
+        shares.append((1 - columns.square().mean(0)) / shots / columns.var(0).clamp(min=1e-300))
+    return float(torch.cat(shares).median()) if shares else 0.0

@@ -20,8 +20,9 @@ from library.errors import InputError
 from library.qrc.drive import drive_many
 from library.qrc.esn import EchoState, drive_echo_states
 from library.qrc.reservoir import QuantumReservoir, Reservoir
+from library.qrc.shots import SampledReservoir
 
-Member = QuantumReservoir | EchoState
+Member = QuantumReservoir | SampledReservoir | EchoState
 Wiring = Literal["parallel", "stacked"]
 
 
@@ -86,6 +87,8 @@ class HybridReservoir(BaseModel, frozen=True, extra="forbid"):
                 raise InputError(
                     f"the state has shape {tuple(state.shape)}; this reservoir takes {(len(inputs), sum(sizes))}"
                 )
+            if not torch.isfinite(state).all():
+                raise InputError("the state holds numbers that are not finite")
             states = list(state.split(sizes, 1))
         features, after = drive_members(self.members, inputs, states and states[: len(self.members)])
         first = torch.cat(features, -1)
@@ -93,6 +96,12 @@ class HybridReservoir(BaseModel, frozen=True, extra="forbid"):
             return first, torch.cat(after, 1)
         above, last = self.layer.drive(self.layer_inputs(inputs, first), states and states[-1])
         return torch.cat([first, above], -1), torch.cat([*after, last], 1)
+
+    def joined(self, inputs: Tensor, first: Tensor) -> Tensor:
+        """Features (series, time, width) from those of the members, (series, time, first_width), driven elsewhere."""
+        if self.layer is None:
+            return first
+        return torch.cat([first, self.layer.drive(self.layer_inputs(inputs, first))[0]], -1)
 
     def layer_inputs(self, inputs: Tensor, first: Tensor) -> Tensor:
         """What the layer sees: the inputs, or the members' features in units of their deviation."""
@@ -124,9 +133,12 @@ class HybridReservoir(BaseModel, frozen=True, extra="forbid"):
 def drive_members(
     members: Sequence[Member], inputs: Tensor, states: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Features and last states of quantum and classical members, each sort as one batch."""
+    """Features and last states of the members: sampled ones by themselves, the others each sort as one batch."""
     features: list[Any] = [None] * len(members)
     after: list[Any] = [None] * len(members)
+    for place, member in enumerate(members):
+        if isinstance(member, SampledReservoir):
+            features[place], after[place] = member.drive(inputs, None if states is None else states[place])
     for kind, drive in ((QuantumReservoir, drive_many), (EchoState, drive_echo_states)):
         places = [place for place, member in enumerate(members) if isinstance(member, kind)]
         if places:

@@ -1,8 +1,9 @@
 """The configuration of a forecaster in flat fields: an onion of reservoirs, a classical layer, a read-out."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from library.errors import InputError
 from library.qrc.esn import EchoState
@@ -10,10 +11,14 @@ from library.qrc.forecaster import Forecaster
 from library.qrc.hybrid import HybridReservoir
 from library.qrc.readout import ALPHAS
 from library.qrc.reservoir import QuantumReservoir
+from library.qrc.shots import SampledReservoir
 
-SEEDS_APART = 100  # member k of seed s draws its angles with seed 100 s + k
+SEEDS_APART = 100  # member k of seed s draws its angles with seed 100 s + k, unless the recipe says otherwise
 Angle = Annotated[float, Field(allow_inf_nan=False)]
-PER_MEMBER = ("qubits", "measured", "sigma", "feedback", "scale", "bias")
+Mode = Literal["persistent", "feedback", "both"]
+Kind = Literal["su2", "ising"]
+Encoding = Literal["pair", "rx_anc"]
+PER_MEMBER = ("mode", "kind", "encoding", "qubits", "measured", "sigma", "feedback", "scale", "bias", "reps")
 
 
 class QrcRecipe(BaseModel, frozen=True, extra="forbid"):
@@ -23,11 +28,11 @@ class QrcRecipe(BaseModel, frozen=True, extra="forbid"):
     30
     """
 
-    mode: Literal["persistent", "feedback", "both"] = "persistent"
+    mode: tuple[Mode, ...] = Field(("persistent",), min_length=1)
     """Where memory lives: in qubits that are not reset, in expectations that are fed back, or both."""
-    kind: Literal["su2", "ising"] = "su2"
+    kind: tuple[Kind, ...] = Field(("su2",), min_length=1)
     """Fixed gates of the circuits."""
-    encoding: Literal["pair", "rx_anc"] = "pair"
+    encoding: tuple[Encoding, ...] = Field(("pair",), min_length=1)
     """How inputs rotate qubits: pairs of them, or the measured ones alone."""
     qubits: tuple[int, ...] = Field((4,), min_length=1)
     """Qubits of each member."""
@@ -41,8 +46,12 @@ class QrcRecipe(BaseModel, frozen=True, extra="forbid"):
     """a of each member's input angles a s + b."""
     bias: tuple[Angle, ...] = Field((-0.31,), min_length=1)
     """b of each member's input angles a s + b."""
-    reps: int = Field(2, ge=1)
-    """Layers of the fixed gates."""
+    reps: tuple[int, ...] = Field((2,), min_length=1)
+    """Layers of each member's fixed gates."""
+    angles: tuple[NonNegativeInt, ...] = ()
+    """Seeds of each member's fixed angles, for a configuration that was found with them; none numbers the members."""
+    shots: PositiveInt | None = None
+    """Shots behind each feature of each step; None gives exact expectation values."""
     units: NonNegativeInt = 30
     """Units of the classical layer; 0 is none."""
     spectral_radius: PositiveFloat = 0.9
@@ -57,13 +66,15 @@ class QrcRecipe(BaseModel, frozen=True, extra="forbid"):
     """Regularisations to choose from, per sample."""
     washout: NonNegativeInt = 300
     """Rows at the start of a series from which nothing is learned."""
-    skip: bool = False
-    """Give the read-out the scaled inputs beside the features."""
+    skip: bool | None = None
+    """Give the read-out the scaled inputs beside the features; None does so when shots are finite."""
 
     @model_validator(mode="after")
     def _members(self) -> Self:
         lengths = {name: len(getattr(self, name)) for name in PER_MEMBER}
-        if set(lengths.values()) - {1, max(lengths.values())}:
+        count = max(lengths.values())
+        if set(lengths.values()) - {1, count} or len(self.angles) not in (0, count):
+            lengths["angles"] = len(self.angles)
             shown = ", ".join(f"{name} {length}" for name, length in lengths.items() if length > 1)
             raise InputError(f"members: {shown} entries; give as many of each as there are members, or one for all")
         if self.wiring == "stacked" and not self.units:
@@ -77,17 +88,13 @@ class QrcRecipe(BaseModel, frozen=True, extra="forbid"):
         members = []
         for number in range(count):
             own = {name: getattr(self, name)[number % len(getattr(self, name))] for name in PER_MEMBER}
-            if self.mode == "feedback":
+            if own["mode"] == "feedback":
                 del own["measured"]
+            drawn = self.angles[number] if self.angles else number
+            member = QuantumReservoir(seed=SEEDS_APART * seed + drawn, **own)
+            shot_seed = SEEDS_APART * seed + number
             members.append(
-                QuantumReservoir(
-                    mode=self.mode,
-                    kind=self.kind,
-                    encoding=self.encoding,
-                    reps=self.reps,
-                    seed=SEEDS_APART * seed + number,
-                    **own,
-                )
+                SampledReservoir(reservoir=member, shots=self.shots, seed=shot_seed) if self.shots else member
             )
         layer = None
         if self.units:
@@ -100,13 +107,24 @@ class QrcRecipe(BaseModel, frozen=True, extra="forbid"):
             )
         return HybridReservoir(members=tuple(members), layer=layer, wiring=self.wiring)
 
+    @classmethod
+    def of(cls, members: Sequence[QuantumReservoir], **changes: Any) -> Self:
+        """The recipe whose seed 0 has these members, which differ from the defaults in what `PER_MEMBER` names."""
+        values = {name: tuple(getattr(member, name) for member in members) for name in PER_MEMBER if name != "measured"}
+        measured = tuple(member.measured_qubits for member in members)
+        seeds = tuple(member.seed for member in members)
+        made = cls(**values, measured=measured, angles=seeds, **changes)
+        if made.reservoir().members != tuple(members):
+            raise InputError("members: one of them has a field that a recipe cannot say")
+        return made
+
     def forecaster(self, seed: int = 0, *, closed_loop: bool = False, device: str = "cpu") -> Forecaster:
         """The forecaster, not fitted yet."""
         return Forecaster(
             self.reservoir(seed),
             alphas=self.alphas,
             washout=self.washout,
-            skip=self.skip,
+            skip=bool(self.shots) if self.skip is None else self.skip,
             closed_loop=closed_loop,
             device=device,
         )

@@ -20,6 +20,7 @@ from library.qrc.nowcast import FLOOR, Curves, Nowcast, loss_from_rates
 from library.qrc.recipe import QrcRecipe
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.tasks import mackey_glass, multi_scale
+from library.qrc.trained import load_forecaster, save_forecaster
 
 SMALL = HybridReservoir(
     members=(QuantumReservoir(qubits=3, sigma=0.3), QuantumReservoir(qubits=2, sigma=1.0)), layer=EchoState(units=8)
@@ -65,7 +66,7 @@ def test_forms_of_series_come_back_as_they_went_in(fitted):
 
 def test_a_fit_is_the_ridge_on_standardised_features_after_the_washout():
     x, y = data()
-    model = Forecaster(SMALL, alphas=[1e-3], washout=30).fit(x, y)
+    model = Forecaster(SMALL, alphas=[1e-3], washout=30, start="reset").fit(x, y)
     scaled = torch.from_numpy((x - x.min((0, 1))) / np.ptp(x, (0, 1)))
     features = SMALL.drive(scaled)[0][:, 30:].reshape(-1, SMALL.width).numpy()
     targets = y[:, 30:].reshape(-1, 2)
@@ -83,6 +84,17 @@ def test_a_stream_gives_what_the_whole_series_does(fitted):
         assert np.abs(found[:, 0].numpy() - whole[:, step]).max() < 1e-10
     found, state = fitted.advance(x[:, 5:], state)
     assert np.abs(found.numpy() - whole[:, 5:]).max() < 1e-10
+
+
+def test_what_is_predicted_begins_in_a_state_of_training(fitted):
+    x, y = data()
+    reset = Forecaster(SMALL, washout=30, closed_loop=True, skip=True, start="reset").fit(x, y)
+    first = [np.abs(model.predict(x)[:, :5] - y[:, :5]).max() for model in (fitted, reset)]
+    assert first[0] < first[1] / 2
+    assert np.abs(fitted.predict(x) - reset.predict(x))[:, 60:].max() < 0.05
+    assert torch.equal(reset.begin(2), SMALL.start(2))
+    low, high = y.min(), y.max()
+    assert float(fitted.bounded(torch.full((1, 4), 1e9, dtype=torch.float64))[0, 0]) < high + (high - low)
 
 
 def test_validation_series_choose_alpha_and_lend_their_residuals():
@@ -136,8 +148,8 @@ def test_bootstrap_paths_are_stretches_of_residuals():
 
 def test_an_artifact_gives_the_same_bits(fitted, tmp_path):
     x, _ = data()
-    artifact = fitted.save(tmp_path / "a", metrics={"nrmse": 0.5}, data="none", about={"task": "test"})
-    again = Forecaster.load(open_artifact(artifact.path, kind="qrc"))
+    artifact = save_forecaster(fitted, tmp_path / "a", metrics={"nrmse": 0.5}, data="none", about={"task": "test"})
+    again = load_forecaster(open_artifact(artifact.path, kind="qrc"))
     assert np.array_equal(again.predict(x), fitted.predict(x))
     pair = [model.forecast(x[:, :50], 12, paths=20) for model in (fitted, again)]
     for name in ("mean", "lower", "upper"):
@@ -146,12 +158,12 @@ def test_an_artifact_gives_the_same_bits(fitted, tmp_path):
     assert not list(tmp_path.rglob("*.pkl"))
     stacked = SMALL.model_copy(update={"wiring": "stacked"})
     model = Forecaster(stacked, washout=30).fit(*data())
-    artifact = model.save(tmp_path / "b", metrics={}, data="none")
-    assert np.array_equal(Forecaster.load(artifact).predict(x), model.predict(x))
+    artifact = save_forecaster(model, tmp_path / "b", metrics={}, data="none")
+    assert np.array_equal(load_forecaster(artifact).predict(x), model.predict(x))
 
 
 def test_foreign_artifacts_are_refused(fitted, tmp_path):
-    artifact = fitted.save(tmp_path / "a", metrics={}, data="none")
+    artifact = save_forecaster(fitted, tmp_path / "a", metrics={}, data="none")
     weights = artifact.weights()
     for number, (recipe, arrays) in enumerate(
         [({}, weights), (artifact.recipe, {}), (artifact.recipe, weights | {"weights": torch.zeros(3, 4)})]
@@ -160,7 +172,7 @@ def test_foreign_artifacts_are_refused(fitted, tmp_path):
             tmp_path / str(number), kind="qrc", recipe=recipe, weights=arrays, metrics={}, data="none"
         )
         with pytest.raises(ArtifactError):
-            Forecaster.load(broken)
+            load_forecaster(broken)
 
 
 X, Y = data()
@@ -182,7 +194,7 @@ X, Y = data()
         (lambda m: m.fit(X, Y).score(X, Y * 0), "constant"),
         (lambda m: m.fit(X, Y, features=torch.zeros(2, 160, 3)), "features have shape"),
         (lambda m: m.set_params(clip=(1, 0)).fit(X, Y), "clip"),
-        (lambda m: m.set_params(choose="aic").fit(X, Y), "loo or gcv"),
+        (lambda m: m.set_params(choose="aic").fit(X, Y), "loo or gcv, typical or reset"),
         (lambda m: m.set_params(washout=-1).fit(X, Y), "at least 0"),
     ],
 )
@@ -199,8 +211,12 @@ def test_a_recipe_gives_each_member_its_own_or_the_shared_value():
     assert {member.scale for member in reservoir.members} == {0.7}
     assert [member.seed for member in reservoir.members] == [300, 301]
     assert recipe.forecaster(3).reservoir == reservoir
-    fed = QrcRecipe(mode="feedback", sigma=(1.0,), feedback=(0.1, 1.0, 2.0), units=0).reservoir()
+    fed = QrcRecipe(mode=("feedback",), sigma=(1.0,), feedback=(0.1, 1.0, 2.0), units=0).reservoir()
     assert [member.measured_qubits for member in fed.members] == [4, 4, 4]
+    members = (QuantumReservoir(kind="ising", measured=2, seed=7), QuantumReservoir(mode="feedback", qubits=3, reps=1))
+    assert QrcRecipe.of(members, units=0).reservoir().members == members
+    with pytest.raises(InputError, match="cannot say"):
+        QrcRecipe.of([QuantumReservoir(pairs="line")])
     for wrong in (
         {"sigma": (0.1, 0.2), "scale": (1.0, 1.0, 1.0)},
         {"measured": (4,)},
@@ -208,6 +224,20 @@ def test_a_recipe_gives_each_member_its_own_or_the_shared_value():
     ):
         with pytest.raises(ValidationError):
             QrcRecipe(**wrong)
+
+
+def test_finite_shots_are_a_ridge_and_show_the_inputs_to_the_read_out():
+    recipe = QrcRecipe(sigma=(0.3,), qubits=(3,), units=0, shots=400, washout=30)
+    x, y = data()
+    model = recipe.forecaster().fit(x, y)
+    exact = recipe.model_copy(update={"shots": None}).forecaster().fit(x, y)
+    assert model.skip
+    assert not exact.skip
+    features = recipe.reservoir().drive(model.scaled(torch.from_numpy(x)))[0][:, 30:].flatten(0, 1)
+    floor = float(((1 - features.square().mean(0)) / 400 / features.var(0)).median())
+    assert float(model.readout_.alpha.min()) >= min(floor, 1.0) > 1e-4
+    assert float(exact.readout_.alpha.min()) < floor
+    assert np.array_equal(model.predict(x), model.predict(x))
 
 
 def test_tasks_keep_places_apart_and_units_right():

@@ -43,6 +43,9 @@ JOBS = {
     ),
     "tokenize": JobEntry("send", "jobs.tokenize:TokenizeJob", "turn a large corpus into token stores to train on"),
     "hawq": JobEntry("hawq", "jobs.hawq:HawqJob", "choose each layer's bits, fine-tune and pack an image classifier"),
+    "hawq-lm": JobEntry(
+        "hawq", "jobs.hawq_lm:HawqLanguageJob", "choose the bits of a causal language model's layers, and pack it"
+    ),
     "hawq-classifier": JobEntry("hawq", "jobs.hawq:ClassifierJob", "train the image classifier that is quantised"),
     "hessian": JobEntry(
         "hessian", "jobs.hessian:HessianJob", "measure Hessian spectra: the paper's experiments, or an artifact's loss"

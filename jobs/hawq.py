@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from library.hawq.analysis import Sensitivity
     from library.hawq.plan import BitPlan
+    from library.hawq.quantized_recipe import QuantizedRecipe
 
 
 class ClassifierJob(TrainingJob, frozen=True, extra="forbid"):
@@ -48,32 +49,13 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
 
         The report shows the bits and the frontier. Raises PrismError; the last checkpoint stays in every case.
         """
-        from jobs.launch import launch
-        from library.hawq.analysis import CONFIDENCE, selection_stability
-
         if self.model is not None:
             return self._published()
         connect()
         job = self.prepared()
         if job is None:
             return Report(job=self.job, config=self.record(), notes=["stopped while the classifier was trained"])
-        found, plan = _chosen(job.recipe)
-        report = launch(job)
-        if found is not None:
-            report.tables["bits"] = bits_table(found, plan)
-            report.figures["frontier"] = frontier_figure(job.recipe, found, plan)
-            report.notes += list(found.notes)
-            stability = selection_stability(found, job.recipe.limit()) if job.recipe.power == 1 else None
-            if stability is not None:
-                report.metrics["stability"] = stability
-                if stability < CONFIDENCE:
-                    report.notes.append(
-                        f"only {stability:.0%} of resampled probes and images choose these bits; more of "
-                        "--probe-images and --probes make the choice surer"
-                    )
-        if report.folder is not None and storage.is_local(report.folder):
-            report.save(storage.local_path(report.folder))
-        return report
+        return fine_tuned(job, more="--probe-images")
 
     def prepared(self) -> "HawqJob | None":
         """The job with weights that exist and a sensitivity that is known; None when training them was stopped."""
@@ -87,8 +69,7 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
         elif recipe.weights is not None:
             changes["weights"] = str(registry.resolve(recipe.weights, kind=ClassifierRecipe.kind))
         recipe = recipe.model_copy(update=changes)
-        if not recipe.chosen or recipe.stages > 1:
-            recipe.sensitivity(_forms_on_cluster(recipe))
+        measure_on_cluster(recipe)
         return self.model_copy(update={"recipe": recipe})
 
     def _published(self) -> Report:
@@ -122,12 +103,42 @@ class HawqJob(TrainingJob, frozen=True, extra="forbid"):
         return ClassifierJob(recipe=self.recipe.classifier, **{name: getattr(self, name) for name in shared})
 
 
-def _chosen(recipe: HawqRecipe) -> "tuple[Sensitivity | None, BitPlan]":
+def fine_tuned(job: TrainingJob, *, more: str) -> Report:
+    """Fine-tune with the bits that a measured recipe chooses; the report shows them on the frontier.
+
+    `more` is the flag of more data to measure on, for when the choice is not sure.
+    """
+    from jobs.launch import launch
+    from library.hawq.analysis import CONFIDENCE, selection_stability
+
+    recipe: QuantizedRecipe = job.recipe
     plan = recipe.plan()
-    return (None if recipe.chosen else recipe.sensitivity()), plan
+    report = launch(job)
+    if not recipe.chosen:
+        found = recipe.sensitivity()
+        report.tables["bits"] = bits_table(found, plan)
+        report.figures["frontier"] = frontier_figure(recipe, found, plan)
+        report.notes += list(found.notes)
+        stability = selection_stability(found, recipe.limit()) if recipe.power == 1 else None
+        if stability is not None:
+            report.metrics["stability"] = stability
+            if stability < CONFIDENCE:
+                report.notes.append(
+                    f"only {stability:.0%} of resampled probes and batches choose these bits; more of {more} and "
+                    "--probes make the choice surer"
+                )
+    if report.folder is not None and storage.is_local(report.folder):
+        report.save(storage.local_path(report.folder))
+    return report
 
 
-def _forms_on_cluster(recipe: HawqRecipe) -> Any:
+def measure_on_cluster(recipe: "QuantizedRecipe") -> None:
+    """Measure the sensitivity of a recipe's layers with Ray tasks, into its cache, where it needs one."""
+    if not recipe.chosen or recipe.stages > 1:
+        recipe.sensitivity(_forms_on_cluster(recipe))
+
+
+def _forms_on_cluster(recipe: "QuantizedRecipe") -> Any:
     """A function that measures a round of probes with one Ray task per batch; None for metrics without probes."""
     import ray
 
@@ -140,10 +151,11 @@ def _forms_on_cluster(recipe: HawqRecipe) -> Any:
     task = ray.remote(num_cpus=1, max_retries=2)(_forms)
 
     def measure(start: int, count: int) -> Any:
+        import numpy as np
         import torch
 
         found = [task.remote(network, batch, recipe.curvature, recipe.seed, start, count) for batch in batches]
-        return torch.stack([torch.from_numpy(forms) for forms in ray.get(found)])
+        return torch.tensor(np.stack(ray.get(found)))
 
     return measure
 
@@ -161,25 +173,25 @@ def _forms(network: Any, batch: Any, curvature: Any, seed: int, start: int, coun
 
 
 def bits_table(found: "Sensitivity", plan: "BitPlan") -> "pd.DataFrame":
-    """One row per layer: weights, multiply-accumulates, curvature with its errors, bits, and its part of Omega."""
+    """One row per layer: bits, weights, curvature with its errors, its part of Omega, and multiply-accumulates."""
     import pandas as pd
 
     bits = [choice.weight for choice in plan.choices]
     return pd.DataFrame(
         {
             "layer": plan.layers.names,
+            "bits": bits,
             "weights": plan.layers.n_params,
-            "macs": plan.layers.macs,
             found.metric: found.curvature.tolist(),
+            "omega": [float(found.omega[i, found.bits.index(b)]) for i, b in enumerate(bits)],
+            "macs": plan.layers.macs,
             "probe_error": found.probe_error.tolist(),
             "data_error": found.data_error.tolist(),
-            "bits": bits,
-            "omega": [float(found.omega[i, found.bits.index(b)]) for i, b in enumerate(bits)],
         }
     )
 
 
-def frontier_figure(recipe: HawqRecipe, found: "Sensitivity", plan: "BitPlan") -> "Figure":
+def frontier_figure(recipe: "QuantizedRecipe", found: "Sensitivity", plan: "BitPlan") -> "Figure":
     """The exact frontier of Omega against cost, with the chosen setting and equal bits everywhere."""
     from matplotlib.figure import Figure
 

@@ -1,42 +1,30 @@
-"""The HAWQ-V2 recipe: choose each layer's bits from the curvature of a trained network, and fine-tune it quantised."""
+"""The HAWQ-V2 recipe for image classifiers: choose each layer's bits, and fine-tune the quantised network."""
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import PositiveInt
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from library.artifact import open_artifact
 from library.errors import InputError
-from library.hawq.activations import ActivationSettings
-from library.hawq.analysis import BITS, Metric, Sensitivity, sensitivity
 from library.hawq.calibration import fit_temperature
-from library.hawq.costs import BitChoice
-from library.hawq.layers import fold_batch_norm, layer_table
-from library.hawq.network import all_active, quantize, quantized_layers, set_active
-from library.hawq.packing import LAYOUT, layout_text, packed_state, stated_bytes
-from library.hawq.plan import BitPlan, Budget, BudgetKind, frontier
-from library.hawq.quantizers import WeightQuantizer
-from library.hawq.store import MEASURED, as_tensors, cached, content_key, tempered
+from library.hawq.layers import fold_batch_norm
+from library.hawq.network import all_active
+from library.hawq.quantized_recipe import QuantizedRecipe
 from library.images.data import ImageBatch, load_images, stacked
 from library.images.networks import image_network, is_pretrained
 from library.images.recipe import ClassifierRecipe, accuracy, load_classifier
-from library.recipe import Recipe, Splits, unwrap
+from library.recipe import Splits
 
 CONFIG = "config.json"  # in an artifact: the configuration of a network of transformers
 TASK = "task.json"  # in an artifact: shape and scaling of its images, class names, temperature
 
 
-class HawqRecipe(Recipe, frozen=True, extra="forbid"):
+class HawqRecipe(QuantizedRecipe, frozen=True, extra="forbid"):
     """HAWQ-V2 (Dong et al., NeurIPS 2020, arXiv 1911.03852) on an image classifier.
 
     The trained network's batch norms are folded into its convolutions, the curvature of all layers is measured, the
@@ -61,75 +49,10 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
     """The network that is quantised, how it is trained, and on which images."""
     weights: str | None = None
     """The trained network, an artifact of that classifier: its folder. `prism run hawq` trains one when it is None."""
-    cache: str | None = None
-    """Folder where sensitivities are kept and found again by content; None measures anew in each process."""
-
-    bits: tuple[int, ...] = BITS
-    """What a layer's weights may have; also as a text of numbers with spaces."""
-    budget: BudgetKind = "size"
-    """What is limited: model size, bit operations, or the latency of `latency_table`."""
-    fraction: float = Field(0.375, gt=0, le=1)
-    """Share of the cost of the most bits everywhere; 0.375 of 8 bits is 3 bits per weight on average."""
-    latency_table: str | None = None
-    """CSV of seconds: a row per layer, a column per bit number in the order of `bits`."""
-    curvature: Metric = "hessian"
-    """What weighs the quantisation error: hessian (mean trace, the paper), ggn, fisher, top-eigenvalue (HAWQ-V1),
-    second-order (exact), or unweighted."""
-    power: float = Field(1.0, ge=0, le=4)
-    """Exponent of that weight; 1 is the method."""
     probe_images: PositiveInt = 512
     """Training images that the curvature is taken on, and the input ranges."""
     probe_batch: PositiveInt = 64
     """Of these at a time."""
-    probes: int = Field(50, ge=2)
-    """Most random probes; fewer when the choice of bits is stable before."""
-    ends: int | None = Field(None, ge=2, le=16)
-    """Bits of the first and last layer; None lets them be chosen like the others."""
-    ties: tuple[str, ...] = ()
-    """Layers that must share bits, as NAME+NAME."""
-    chosen: tuple[int, ...] = ()
-    """The bits of each layer, in the network's order; empty chooses them."""
-
-    quantizer: WeightQuantizer = WeightQuantizer()
-    """How weights are quantised."""
-    activation_bits: int | None = Field(8, ge=2, le=16)
-    """Bits of the layers' inputs, in static ranges; None leaves inputs in full precision."""
-    activations: ActivationSettings = ActivationSettings()
-    """How the ranges are found."""
-
-    lr: PositiveFloat = 5e-3
-    """Learning rate of SGD."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Its momentum."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Decay of all parameters."""
-    decay_at: float = Field(0.7, gt=0, le=1)
-    """Share of the steps after which the rate is a tenth."""
-    distillation: float = Field(0.0, ge=0, le=1)
-    """Weight of the divergence from the full-precision network's probabilities, against that of the labels."""
-    temperature: PositiveFloat = 6.0
-    """Of both networks' probabilities in that divergence."""
-    stages: PositiveInt = 1
-    """Groups in which layers are quantised, those of the largest Omega first; 1 quantises all from the start."""
-    staged_fraction: float = Field(0.5, gt=0, lt=1)
-    """Share of the steps by which the last group is quantised."""
-
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        return value.split() if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if any(not 2 <= b <= 16 for b in (*self.bits, *self.chosen)):
-            raise ValueError("bits: whole numbers from 2 to 16")
-        if not self.bits or len(set(self.bits)) < len(self.bits):
-            raise ValueError("bits: at least one bit number, each once")
-        if self.budget == "latency" and self.latency_table is None:
-            raise ValueError("latency_table: budget=latency needs one")
-        if self.stages > 1 and not set(self.chosen) <= set(self.bits):
-            raise ValueError("chosen: with stages the chosen bits must be among `bits`, so that layers can be ranked")
-        return self
 
     def datasets(self) -> Splits:
         return self.classifier.datasets()
@@ -150,120 +73,30 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
         edges = [*range(0, count, self.probe_batch), count]
         return [stacked(splits, splits.train, b - a, start=a) for a, b in pairwise(edges)]
 
-    def sensitivity(self, forms: Any = None) -> Sensitivity:
-        """How sensitive the layers are: measured, or read from the cache. `forms` as in `hawq.sensitivity`."""
-        network, batches = self.network(), self.measurement()
-        options = {"quantizer": self.quantizer, "bits": self.bits}
-        if self.curvature == "second-order":
-            settings = self._measured_settings() | {"quantizer": self.quantizer.model_dump(), "bits": self.bits}
-            measure = self._measure(network, batches, forms, **options)
-            return tempered(cached(self.cache, content_key(network, settings), measure), self.power)
-        measure = self._measure(network, batches, forms)
-        known = cached(self.cache, content_key(network, self._measured_settings()), measure)
-        found = sensitivity(network, F.cross_entropy, batches[:1], metric=self.curvature, known=known, **options)
-        return tempered(found, self.power)
+    def measured_on(self) -> dict[str, Any]:
+        return {"probe_images": self.probe_images, "probe_batch": self.probe_batch}
 
-    def plan(self) -> BitPlan:
-        """The bits of every layer: those that are `chosen`, or the least sensitive ones within the budget.
+    def teacher(self, device: torch.device) -> nn.Module:
+        self.network()  # refuses what is not there
+        made_of = (self.weights, self.classifier.network, self.classifier.images, self.classifier.image_size)
+        return _teacher(*made_of, device)
 
-        Raises InputError for a budget that cannot be met, saying what can.
-        """
-        activation = self.activation_bits or 32
-        if self.chosen:
-            table = layer_table(self.network(), self.measurement()[0].pixels[:1])
-            if len(self.chosen) != len(table.names):
-                raise InputError(f"chosen: {len(self.chosen)} bit numbers for {len(table.names)} layers")
-            return BitPlan(table, tuple(BitChoice(b, activation) for b in self.chosen), float("nan"))
-        found = self.sensitivity()
-        names = found.layers.names
-        fixed = {} if self.ends is None else {names[0]: self.ends, names[-1]: self.ends}
-        choices = [BitChoice(b, activation) for b in dict.fromkeys((*self.bits, *fixed.values()))]
-        if self.ends is not None and self.ends not in self.bits:
-            raise InputError(f"ends: {self.ends} bits must be among bits {self.bits}")
-        ties = [tie.split("+") for tie in self.ties]
-        return frontier(found, self.limit(), choices=choices, fixed=fixed, ties=ties).plan()
+    def outputs(self, model: nn.Module, batch: ImageBatch) -> Tensor:
+        return model(batch.pixels)
 
-    def limit(self) -> Budget:
-        """The budget, with the latency table read."""
-        if self.budget != "latency":
-            return Budget(kind=self.budget, fraction=self.fraction)
-        return Budget(kind="latency", fraction=self.fraction, latency=_latencies(self.latency_table))
-
-    def model(self) -> nn.Module:
-        plan = self.plan()
-        made = self.quantized(plan)
-        made.costs = {"kib": stated_bytes(made) / 1024, "megabops": plan.bops / 1e6}
-        layers = quantized_layers(made)
-        if self.stages > 1:
-            found = self.sensitivity()
-            terms = {
-                name: float(found.omega[place, found.bits.index(choice.weight)])
-                for place, (name, choice) in enumerate(zip(plan.layers.names, plan.choices, strict=True))
-            }
-            for rank, name in enumerate(sorted(layers, key=lambda name: -terms[name])):
-                layers[name].rank = rank
-            self._set_stage(made, 0)
-        return made
-
-    def quantized(self, plan: BitPlan) -> nn.Module:
-        """The network quantised by a plan, its input ranges calibrated, nothing fine-tuned yet."""
-        return quantize(
-            self.network(),
-            plan,
-            quantizer=self.quantizer,
-            activations=self.activations if self.activation_bits else None,
-            calibration=[batch.pixels for batch in self.measurement()],
-        ).requires_grad_(True)
-
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        return SGD(model.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
-    def schedule(self, optimizer: Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, partial(_dropped, edge=self.decay_at * self.steps))
-
-    def losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
-        """Cross-entropy, or its mix with T^2 KL(p_T || q_T) of the full-precision p and the quantised q."""
-        logits = model(batch.pixels).float()
-        labels = F.cross_entropy(logits, batch.labels)
-        parts = {"accuracy": accuracy(logits.detach(), batch.labels)}
-        if not self.distillation or not logits.requires_grad:
-            return {"loss": labels, **parts}
-        with torch.no_grad():
-            self.network()  # refuses what is not there
-            made_of = (self.weights, self.classifier.network, self.classifier.images, self.classifier.image_size)
-            teacher = _teacher(*made_of, batch.pixels.device)(batch.pixels).float() / self.temperature
-        apart = F.kl_div(
-            (logits / self.temperature).log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
-        )
-        mixed = (1 - self.distillation) * labels + self.distillation * self.temperature**2 * apart
-        return {"loss": mixed, "cross_entropy": labels.detach(), **parts}
+    def targets(self, batch: ImageBatch) -> Tensor:
+        return batch.labels
 
     def count(self, batch: ImageBatch) -> int:
         return len(batch.labels)
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[ImageBatch]) -> dict[str, float]:
-        """Cross-entropy and accuracy with every layer quantised; size in KiB as on disk, and 10^6 bit operations."""
-        inner = unwrap(model)
-        with all_active(inner):
-            means = super().evaluate(model, batches)
-        return means | inner.costs
-
-    def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        """Quantise the next group of layers when its time has come; `quantized_layers` says how many are."""
-        if self.stages == 1:
-            return None
-        self._set_stage(unwrap(model), step)
-        return {"quantized_layers": float(sum(bool(m.active) for m in quantized_layers(unwrap(model)).values()))}
-
-    def stored(self, model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        """Packed integers, scales and the rest, in place of full-precision weights."""
-        with all_active(model):
-            return packed_state(model).items()
+    def scores(self, logits: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
+        return {"accuracy": accuracy(logits, batch.labels)}
 
     @torch.no_grad()
     def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The layers' bits, and what a server needs: shape and scaling of images, class names, temperature."""
+        arrays, texts = super().attachments(model)
         data, splits = load_images(self.classifier.images, size=self.classifier.image_size), self.datasets()
         device = next(model.parameters()).device
         with all_active(model):
@@ -273,42 +106,10 @@ class HawqRecipe(Recipe, frozen=True, extra="forbid"):
         labels = torch.cat([batch.labels for batch in batches])
         found = fit_temperature(logits, labels)
         task = {"shape": data.shape, "mean": data.mean, "std": data.std, "classes": data.classes} | found
-        texts = {LAYOUT: layout_text(model), TASK: json.dumps(task, indent=1)}
+        texts[TASK] = json.dumps(task, indent=1)
         if is_pretrained(self.classifier.network):
             texts[CONFIG] = model.network.config.to_json_string(use_diff=False)
-        if self.chosen:
-            return {}, texts
-        arrays, texts[MEASURED] = as_tensors(replace(self.sensitivity(), forms=None, shares=None))
         return arrays, texts
-
-    def _measure(
-        self, network: nn.Module, batches: list[ImageBatch], forms: Any, **options: Any
-    ) -> Callable[[], Sensitivity]:
-        def measure() -> Sensitivity:
-            return sensitivity(
-                network,
-                F.cross_entropy,
-                batches,
-                metric=self.curvature,
-                probes=self.probes,
-                seed=self.seed,
-                forms=forms,
-                budget=self.limit() if self.budget != "latency" else None,
-                **options,
-            )
-
-        return measure
-
-    def _measured_settings(self) -> dict[str, Any]:
-        content = self.datasets().fingerprint
-        names = ("curvature", "probe_images", "probe_batch", "probes", "seed")
-        return {"data": content} | {name: getattr(self, name) for name in names}
-
-    def _set_stage(self, model: nn.Module, step: int) -> None:
-        stage = min(self.stages, 1 + int(step * (self.stages - 1) / (self.staged_fraction * self.steps)))
-        layers = quantized_layers(model)
-        reached = -(-len(layers) * stage // self.stages)
-        set_active(model, lambda name: layers[name].rank < reached)
 
 
 @lru_cache(maxsize=4)
@@ -337,15 +138,3 @@ def _full_precision(
 def _teacher(weights: str | None, network: str, images: str, size: int, device: torch.device) -> nn.Module:
     """The full-precision network on a device."""
     return _full_precision(weights, network, images, size)[0].to(device).requires_grad_(False)
-
-
-def _dropped(step: int, *, edge: float) -> float:
-    return 1.0 if step < edge else 0.1
-
-
-def _latencies(file: str) -> tuple[tuple[float, ...], ...]:
-    try:
-        rows = [line.split(",") for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
-        return tuple(tuple(map(float, row)) for row in rows)
-    except (OSError, ValueError) as error:
-        raise InputError(f"latency_table: {file} is not a CSV of numbers: {error}") from error

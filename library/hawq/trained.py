@@ -11,6 +11,7 @@ from library.artifact import Artifact
 from library.errors import ArtifactError, InputError
 from library.hawq.analysis import Sensitivity
 from library.hawq.costs import BitChoice
+from library.hawq.language import HawqLanguageRecipe
 from library.hawq.layers import fold_batch_norm
 from library.hawq.network import converted
 from library.hawq.packing import LAYOUT, load_packed
@@ -48,9 +49,12 @@ class QuantizedClassifier:
 
 
 def measured_sensitivity(artifact: Artifact) -> Sensitivity | None:
-    """What the bits of an artifact of kind `hawq` were chosen from; None when they were given. Raises ArtifactError."""
-    if artifact.kind != HawqRecipe.kind:
-        raise ArtifactError(f"{artifact.path} is an artifact of {artifact.kind!r}, not of 'hawq'")
+    """What the bits of a quantised network's artifact were chosen from; None when they were given.
+
+    Raises ArtifactError for an artifact of another kind than `hawq` and `hawq-lm`.
+    """
+    if artifact.kind not in (HawqRecipe.kind, HawqLanguageRecipe.kind):
+        raise ArtifactError(f"{artifact.path} is an artifact of {artifact.kind!r}, not of 'hawq' or 'hawq-lm'")
     if MEASURED not in artifact.manifest.files:
         return None
     return from_tensors(artifact.arrays(), json.loads(artifact.text(MEASURED)), source=str(artifact.path))

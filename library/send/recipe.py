@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable
 from functools import partial
-from hashlib import sha256
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,11 +12,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import Subset
 
 from library import collective
 from library.errors import InputError
 from library.language import material, pythia
+from library.language.blocks import token_splits
 from library.language.hub import is_loadable
 from library.language.token_store import TokenBlocks
 from library.language.tokens import Tokenizer, check_vocabulary
@@ -181,18 +180,11 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
 
     def datasets(self) -> Splits:
         made = self.material()
-        train, validation, test = (
-            TokenBlocks(stream, self.context, f"corpus {self.corpus!r}, {name}")
-            for name, stream in zip(material.SPLITS, made[1:], strict=True)
-        )
         if self._tracks():
             material.tracking_texts(made.validation, self.tracking_texts, self.context)
         if self.prompts:
             material.prompts(made.test, self.prompts, self.prompt_tokens)
-        fingerprint = sha256(" ".join(stream.fingerprint for stream in made[1:]).encode()).hexdigest()
-        count = min(len(validation), self.validation_blocks or len(validation))
-        spread = Subset(validation, [i * len(validation) // count for i in range(count)])
-        return Splits(train, spread, test, collate=_collate, fingerprint=fingerprint)
+        return token_splits(made, self.context, self.corpus, self.validation_blocks)
 
     def model(self) -> SensitivityDropout:
         tokenizer = self.material().tokenizer
@@ -382,11 +374,6 @@ def _check_whole(model: nn.Module) -> None:
 
 def _shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the true shape there
-
-
-def _collate(samples: list[Tensor], keys: Tensor) -> dict[str, Tensor]:
-    blocks = torch.stack(samples)
-    return {"input_ids": blocks[:, :-1], "targets": blocks[:, 1:]}
 
 
 def _rate(step: int, *, steps: int, warmup: int, floor: float) -> float:

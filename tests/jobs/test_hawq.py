@@ -8,6 +8,7 @@ import pytest
 from cluster import registry
 from jobs import flags
 from jobs.hawq import ClassifierJob, HawqJob, frontier_figure
+from jobs.hawq_lm import HawqLanguageJob
 from jobs.hawq_reproduction import HawqReproduction
 from jobs.reproduce import reproduction_class
 from jobs.training import Scaling
@@ -15,11 +16,13 @@ from jobs.trial import changed
 from jobs.tuning import TuneJob
 from library.artifact import open_artifact
 from library.errors import InputError
+from library.hawq.language import HawqLanguageRecipe
 from library.hawq.recipe import HawqRecipe
 from library.hawq.study import METHOD, METRICS, random_plans, spearman
 from library.hawq.trained import load_hawq
 from library.images.recipe import ClassifierRecipe
 from library.recipe import fit
+from library.send.recipe import SendRecipe
 
 CLASSIFIER = ClassifierRecipe(steps=30, batch_size=64, train_images=2000, validation_fraction=0.02)
 SMALL = {"classifier": CLASSIFIER, "steps": 4, "batch_size": 32, "probe_images": 64, "probe_batch": 32, "probes": 10}
@@ -56,6 +59,25 @@ def test_two_workers_give_the_numbers_and_the_bits_of_one(trained, tmp_path, pri
     saved = pd.read_parquet(tmp_path / "runs" / "r" / "report" / "bits.parquet")
     assert saved["bits"].tolist() == table["bits"].tolist()
     assert frontier_figure(recipe, here, recipe.plan()).axes[0].get_xlabel().startswith("size")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster", "ready_registry")
+def test_a_language_model_is_quantised_by_two_workers_as_by_one(tmp_path):
+    texts = {"corpus": "truthfulqa", "context": 16, "batch_size": 4}
+    plain = SendRecipe(**texts, tokenizer="bytes", steps=2, tracking_texts=2, prompts=0, calibration_cases=0)
+    lm = str(fit(plain, path=tmp_path / "send", device="cpu").path)
+    measured = {"probe_blocks": 4, "probe_batch": 2, "probes": 4, "validation_blocks": 8}
+    recipe = HawqLanguageRecipe(**texts, **measured, lm=lm, steps=2)
+    report = HawqLanguageJob(recipe=recipe, scaling=Scaling(workers=2), storage=str(tmp_path / "runs")).run()
+    alone = fit(recipe, path=tmp_path / "alone", device="cpu")
+    artifact = open_artifact(report.artifact, kind="hawq-lm")
+    assert artifact.text("bits.json") == alone.text("bits.json")
+    assert report.metrics["validation_loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
+    assert report.tables["bits"]["bits"].tolist() == list(recipe.plan().bits.values())
+    assert report.registered == "models:/hawq-lm/1"
+    with pytest.raises(InputError, match="no model 'nobody'|nobody"):
+        HawqLanguageJob(recipe=recipe.model_copy(update={"lm": "models:/nobody/1"})).run()
 
 
 @pytest.mark.ray

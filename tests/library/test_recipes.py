@@ -19,7 +19,7 @@ from library.send.recipe import SendRecipe
 from library.spectral import GaussNewton, dense_matrix
 from library.weights import state_tensors
 
-PACKED = {"hawq"}  # kinds whose artifacts hold integers in place of what was trained
+PACKED = {"hawq", "hawq-lm"}  # kinds whose artifacts hold integers in place of what was trained
 
 
 def written(folder, kind: str, recipe: object, model: nn.Module) -> Artifact:

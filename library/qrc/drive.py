@@ -13,6 +13,8 @@ from library.qrc.state import Layout, State, checked_rows, unpack
 
 WORKING_BYTES = {"cpu": 512 << 10, "cuda": 1 << 30}  # of one step of all lanes: it should stay in the cache of a core
 
+ENOUGH = 16  # reservoirs with equal input rotations that make a batch of their own
+
 
 def drive_many(
     reservoirs: Sequence[QuantumReservoir],
@@ -90,11 +92,16 @@ def evolve(
 
 
 def grouped(reservoirs: Sequence[QuantumReservoir]) -> list[list[int]]:
-    """The places of reservoirs that can evolve as one batch."""
-    groups: dict[tuple, list[int]] = defaultdict(list)
+    """The places of reservoirs that evolve as one batch; those that share input rotations stay together if many do."""
+    groups: dict[tuple, dict[tuple, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, reservoir in enumerate(reservoirs):
-        groups[_structure(reservoir)].append(place)
-    return list(groups.values())
+        groups[_structure(reservoir)][reservoir.scale, reservoir.bias].append(place)
+    batches = []
+    for shared in groups.values():
+        batches += [places for places in shared.values() if len(places) >= ENOUGH]
+        rest = [place for places in shared.values() if len(places) < ENOUGH for place in places]
+        batches += [rest] if rest else []
+    return batches
 
 
 def checked_inputs(inputs: Tensor) -> Tensor:

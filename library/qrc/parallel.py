@@ -126,8 +126,12 @@ def _each(state: State, pieces: int, place: int) -> State:
 
 
 def _mismatch(at_begin: State, at_end: State, pieces: int) -> float:
-    """The largest sum over a series' joints of trace norms of what is off there."""
-    begins = at_begin.density.unflatten(0, (-1, pieces))[:, 1:]
-    ends = at_end.density.unflatten(0, (-1, pieces))[:, :-1]
+    """The largest sum over a series' joints of trace norms of what is off there, apart from traces' rounding."""
+    begins = _of_trace_one(at_begin.density.unflatten(0, (-1, pieces))[:, 1:])
+    ends = _of_trace_one(at_end.density.unflatten(0, (-1, pieces))[:, :-1])
     norms = torch.linalg.eigvalsh(density_matrix(begins - ends)).abs().sum((-1, -2))
     return float(norms.sum(1).max())
+
+
+def _of_trace_one(density: Tensor) -> Tensor:
+    return density / density.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]

@@ -126,6 +126,16 @@ def test_every_piece_of_lanes_gives_the_same(monkeypatch):
     assert largest(whole + after, pieces + ends) < 1e-13
 
 
+def test_many_with_equal_input_rotations_stay_together():
+    made = [QuantumReservoir(seed=k, scale=0.5 if k % 3 else 0.1 + k) for k in range(30)]
+    shared, rest = drive.grouped(made)
+    assert shared == [k for k in range(30) if k % 3]
+    assert rest == [k for k in range(30) if k % 3 == 0]
+    features, _ = drive_many(made, series(1, 8, 2))
+    alone = [one.drive(series(1, 8, 2))[0] for one in made]
+    assert largest(features, alone) < 1e-13
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     qubits=st.integers(2, 4),
@@ -154,13 +164,21 @@ def test_any_reservoir_is_the_same_by_gates_polynomials_and_transfer_matrices(
     assert largest(features[:1] * 2, features[1:]) < 1e-12
 
 
-def test_long_series_in_parallel_pieces_of_time():
+@pytest.mark.parametrize("backend", ["parallel", "auto"])
+def test_long_series_in_parallel_pieces_of_time(backend, monkeypatch):
     made = QuantumReservoir(sigma=0.3)
     inputs = series(1, 3000, 1)
     features, state = made.drive(inputs, backend="direct")
-    overlap = parallel.suggested_overlap([made], inputs)
-    assert parallel.best_pieces(made, 1, 3000, overlap) > 4
-    found, after = made.drive(inputs, backend="parallel")
+    lengths = []
+    evolve_pieces = parallel.direct.evolve
+    monkeypatch.setattr(
+        parallel.direct,
+        "evolve",
+        lambda *args, **options: lengths.append(args[1].shape) or evolve_pieces(*args, **options),
+    )
+    found, after = made.drive(inputs, backend=backend)
+    assert lengths[0][0] > 4  # pieces side by side
+    assert sum(shape[1] for shape in lengths if shape[0] > 4) < 1000  # steps one after another
     assert largest([found, after], [features, state]) < 1e-12
 
 

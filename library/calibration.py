@@ -109,6 +109,59 @@ class Calibration:
         return cls(scores, risks)
 
 
+@dataclass(frozen=True)
+class PlattScaling:
+    """A strictly rising map from margins to probabilities, `sigmoid(slope * margin + offset)`: keeps every ranking."""
+
+    slope: float
+    offset: float
+
+    @classmethod
+    def fit(cls, margins: Tensor, labels: Tensor, *, least_slope: float = 1e-3) -> "PlattScaling":
+        """The logistic regression of bool `labels` (n,) on `margins` (n,), by Newton's method.
+
+        Targets are (positives + 1) / (positives + 2) and 1 / (negatives + 2) instead of 1 and 0, as if one more of each
+        label had been seen: few positives then give no probability of 0 or 1. Where higher margins do not mean more
+        positives, the slope is `least_slope`. Raises InputError when a margin is not finite or only one label occurs.
+        Source: Platt, "Probabilistic outputs for support vector machines", 1999; Lin, Lin, Weng, 2007.
+
+        >>> scaling = PlattScaling.fit(torch.tensor([-2.0, -1.0, 0.5, 2.0]), torch.tensor([False, False, True, True]))
+        >>> scaling.slope > 0, 0 < float(scaling.probability(-2.0)) < float(scaling.probability(2.0)) < 1
+        (True, True)
+        """
+        margins, labels = _checked(margins, labels)
+        positives = int(labels.sum())
+        negatives = len(labels) - positives
+        if not positives or not negatives:
+            raise InputError(f"calibration needs both labels; {positives} of {len(labels)} are positive")
+        targets = torch.where(labels, (positives + 1) / (positives + 2), 1 / (negatives + 2)).double()
+        centre, spread = margins.mean(), margins.std(correction=0).clamp(min=1e-12)
+        inputs = torch.stack([(margins - centre) / spread, torch.ones_like(margins)], 1)
+        point = torch.stack([torch.zeros(()), torch.tensor((positives + 1) / (negatives + 1)).log()]).double()
+
+        def cost(candidate: Tensor) -> Tensor:
+            logits = inputs @ candidate
+            return (torch.nn.functional.softplus(logits) - targets * logits).sum()
+
+        for _ in range(100):
+            chances = torch.sigmoid(inputs @ point)
+            gradient = inputs.mT @ (chances - targets)
+            hessian = inputs.mT @ (inputs * (chances * (1 - chances))[:, None]) + 1e-9 * torch.eye(2).double()
+            step = torch.linalg.solve(hessian, gradient)
+            while cost(point - step) > cost(point) and float(step.abs().max()) > 1e-12:
+                step = step / 2
+            point = point - step
+            if float(step.abs().max()) < 1e-10:
+                break
+        slope = max(float(point[0] / spread), least_slope)
+        offset = float(point[1]) - slope * float(centre) if slope > least_slope else float(point[1])
+        return cls(slope, offset)
+
+    def probability(self, margins: Tensor | float) -> Tensor:
+        """The probability of a positive for each margin, float64."""
+        return torch.sigmoid(self.slope * torch.as_tensor(margins).detach().cpu().double() + self.offset)
+
+
 def expected_calibration_error(risks: Tensor, labels: Tensor, bins: int = 10) -> float:
     """`sum_b (n_b / n) |mean risk - share of positives|` over `bins` equal parts of [0, 1] (Guo et al., ICML 2017)."""
     risks, labels = _checked(risks, labels)

@@ -36,6 +36,23 @@ def all_sum(value: Tensor) -> Tensor:
     return total
 
 
+class _Sum(torch.autograd.Function):
+    """A sum over workers; each worker's part has the sum of all workers' derivatives by it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        return all_sum(value)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)
+
+
+def differentiable_sum(value: Tensor) -> Tensor:
+    """The sum of `value` over all workers, through which gradients flow back to all of them."""
+    return _Sum.apply(value) if active() else value
+
+
 def all_gather(value: Any) -> list[Any]:
     """`value` of every worker in the order of their ranks. Small picklable values only."""
     if not active():

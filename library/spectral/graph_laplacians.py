@@ -6,13 +6,17 @@ there; ask for `isolated=1` to compare with them.) S is zero in an isolated node
 """
 
 import warnings
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from library.errors import InputError
 from library.spectral.graphs import Graphs
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Laplacian = Literal["normalised", "combinatorial"]
 
@@ -21,6 +25,11 @@ def couplings(graphs: Graphs) -> Tensor:
     """The entries w_ij / sqrt(d_i d_j) of S at the edges: float64 (edges,)."""
     scale = graphs.degrees.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
     return graphs.edge_weights * scale[graphs.edges[0]] * scale[graphs.edges[1]]
+
+
+def adjacency_matrix(graphs: Graphs, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A of the whole batch, block diagonal: a CSR matrix (nodes, nodes)."""
+    return _csr(graphs, graphs.edge_weights, None, dtype)
 
 
 def propagation_matrix(graphs: Graphs, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,17 +67,17 @@ def dense_laplacians(graphs: Graphs, laplacian: Laplacian = "normalised", *, iso
     return found
 
 
-class _SymmetricProduct(torch.autograd.Function):
-    """A fixed symmetric CSR matrix times a block: its derivative is the same product."""
+class _FixedProduct(torch.autograd.Function):
+    """A fixed CSR matrix, whose transpose is known, times a block."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, matrix: Tensor, block: Tensor) -> Tensor:
-        ctx.matrix = matrix
+    def forward(ctx: torch.autograd.function.FunctionCtx, matrix: Tensor, transposed: Tensor, block: Tensor) -> Tensor:
+        ctx.matrix, ctx.transposed = matrix, transposed
         return matrix @ block
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, _SymmetricProduct.apply(ctx.matrix, gradient.contiguous())
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, _FixedProduct.apply(ctx.transposed, ctx.matrix, gradient.contiguous())
 
 
 def symmetric_product(matrix: Tensor, block: Tensor) -> Tensor:
@@ -76,7 +85,21 @@ def symmetric_product(matrix: Tensor, block: Tensor) -> Tensor:
 
     The derivative multiplies by the matrix itself, so no transpose is formed.
     """
-    return _SymmetricProduct.apply(matrix, block)
+    return _FixedProduct.apply(matrix, matrix, block)
+
+
+def fixed_product(matrix: Tensor, transposed: Tensor, block: Tensor) -> Tensor:
+    """`matrix @ block` for a CSR matrix (n, m) with its transpose in CSR too, and a block (m, channels).
+
+    Only the block is differentiated, by a product with the transpose.
+    """
+    return _FixedProduct.apply(matrix, transposed, block)
+
+
+def sparse_rows(matrix: "csr_array") -> Tensor:
+    """SciPy's CSR matrix as torch's, with 32-bit places; the numbers are not copied."""
+    places = (torch.from_numpy(part.astype(np.int32, copy=False)) for part in (matrix.indptr, matrix.indices))
+    return _csr_tensor(*places, torch.from_numpy(matrix.data), matrix.shape)
 
 
 def graph_sums(graphs: Graphs, values: Tensor) -> Tensor:
@@ -160,6 +183,9 @@ def _csr(graphs: Graphs, entries: Tensor, diagonal: Tensor | None, dtype: torch.
     order = (row * graphs.num_nodes + column).argsort()
     starts = torch.zeros(graphs.num_nodes + 1, dtype=torch.int32, device=graphs.device)
     starts[1:] = torch.bincount(row, minlength=graphs.num_nodes).cumsum(0)
-    content = torch.cat(values)[order].to(dtype)
+    return _csr_tensor(starts, column[order].int(), torch.cat(values)[order].to(dtype), (graphs.num_nodes,) * 2)
+
+
+def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch calls its CSR tensors a beta
-        return torch.sparse_csr_tensor(starts, column[order].int(), content, (graphs.num_nodes,) * 2)
+        return torch.sparse_csr_tensor(starts, columns, values, shape)

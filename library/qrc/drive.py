@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc import direct, gates, outcome, parallel, pauli
+from library.qrc import direct, gates, outcome, parallel, pauli, scan
 from library.qrc.reservoir import Backend, QuantumReservoir
 from library.qrc.state import Layout, State, checked_rows, unpack
 
@@ -34,6 +34,7 @@ def drive_many(
                direct    step by step, with the gates of the inputs
                fourier   step by step, with the steps' unitaries as trigonometric polynomials (`library.qrc.steps`)
                parallel  time cut into overlapping pieces (`library.qrc.parallel`); mode persistent, period 1
+               scan      all steps at once by prefix products (`library.qrc.scan`); the same modes
                pauli     transfer matrices of all qubits (`library.qrc.pauli`), the one that takes noise
 
     Raises InputError for inputs of another shape, none or not finite, for another number of states, and for a backend
@@ -143,6 +144,7 @@ def _engine(
         "direct": first.noise is None,
         "fourier": first.noise is None,
         "parallel": first.noise is None and steady and estimate is None,
+        "scan": first.noise is None and steady and estimate is None,
         "pauli": not by_outcome and not any(reservoir.unitary for reservoir in reservoirs),
     }
     if not allowed.get(backend):
@@ -153,8 +155,8 @@ def _engine(
     fourier = {"direct": False, "fourier": True}.get(backend)
     if by_outcome:
         return lambda *args, **options: outcome.evolve(*args, **options, fourier=fourier)
-    if backend == "parallel":
-        return parallel.evolve
+    if backend in ("parallel", "scan"):
+        return parallel.evolve if backend == "parallel" else scan.evolve
     if backend == "auto" and steady and estimate is None:
         return parallel.evolve_if_cheaper
     return lambda *args, **options: direct.evolve(*args, **options, fourier=fourier, estimate=estimate)

@@ -11,7 +11,7 @@ from library.errors import InputError
 from library.qrc import gates
 from library.qrc.noise import Noise
 
-Backend = Literal["auto", "direct", "fourier", "parallel", "pauli"]
+Backend = Literal["auto", "direct", "fourier", "parallel", "scan", "pauli"]
 UNITARY_TOLERANCE = 1e-10
 NOISY_QUBITS = 6  # transfer matrices of 4^n x 4^n reals are formed: 128 MiB at six qubits
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from library.errors import InputError
-from library.qrc import drive, parallel
+from library.qrc import drive, parallel, scan
+from library.qrc.channel import transfer_matrices
 from library.qrc.drive import drive_many, evolve
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.state import Layout, density_matrix, unpack
@@ -32,7 +33,7 @@ def largest(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("backend", ["auto", "direct", "fourier", "pauli", "parallel"])
+@pytest.mark.parametrize("backend", ["auto", "direct", "fourier", "pauli", "parallel", "scan"])
 def test_golden_features_and_memory_of_persistent_reservoirs(number, backend):
     case = golden(f"persistent_{number}")
     made = golden_reservoir(case)
@@ -74,8 +75,8 @@ def test_backends_agree_for_batches_of_configurations(name):
     ]
     inputs = series(3, 40, 2)
     features, states = drive_many(made, inputs, backend="direct")
-    for backend in ("fourier", "pauli", "parallel", "auto"):
-        if (backend == "parallel" and name not in LINEAR) or (backend == "pauli" and name in OUTCOME):
+    for backend in ("fourier", "pauli", "parallel", "scan", "auto"):
+        if (backend in ("parallel", "scan") and name not in LINEAR) or (backend == "pauli" and name in OUTCOME):
             with pytest.raises(InputError, match=f"backend {backend} cannot"):
                 drive_many(made, inputs, backend=backend)
             continue
@@ -162,6 +163,34 @@ def test_any_reservoir_is_the_same_by_gates_polynomials_and_transfer_matrices(
     inputs = series(1, 12, channels, seed=seed)
     features = [made.drive(inputs, backend=backend)[0] for backend in ("direct", "fourier", "pauli")]
     assert largest(features[:1] * 2, features[1:]) < 1e-12
+
+
+def test_prefix_products_are_products():
+    matrices = series(2, 11, 3, 3)
+    expected = [matrices[:, 0]]
+    for step in range(1, 11):
+        expected.append(matrices[:, step] @ expected[-1])
+    assert torch.allclose(scan.prefix_products(matrices), torch.stack(expected, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pairs", "degree"), [("pair", "line", 9), ("pair", "ring", 12), ("rx_anc", "line", 1)]
+)
+def test_a_step_is_a_trigonometric_polynomial_of_its_input(encoding, pairs, degree):
+    made = QuantumReservoir(encoding=encoding, pairs=pairs, measured=2, scale=1.3)
+    polynomial = scan.StepPolynomial(made, 1, torch.eye(16, dtype=torch.float64))
+    assert len(polynomial.coefficients) == 2 * degree + 1
+    assert polynomial.coefficients[[0, -1]].abs().amax((1, 2)).min() > 1e-8  # no lower degree would do
+    inputs = series(5, 1, seed=3) * 4 - 2
+    matrices, read = polynomial(inputs)
+    assert torch.allclose(matrices, transfer_matrices(made, inputs), atol=1e-13)
+    assert torch.allclose(read[:, :, ::5].sum(1), torch.ones(5, 4).double(), atol=1e-13)  # probabilities of a state
+    value = inputs[:1].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(polynomial(value)[0][0, 3, 6], value)
+    ahead, back = (transfer_matrices(made, inputs[:1] + shift)[0, 3, 6] for shift in (1e-5, -1e-5))
+    assert float(slope) == pytest.approx(float(ahead - back) / 2e-5, abs=1e-8)
+    with pytest.raises(InputError, match="use the backend direct"):
+        scan.StepPolynomial(made.model_copy(update={"scale": 0.0}), 1, torch.eye(16, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("backend", ["parallel", "auto"])

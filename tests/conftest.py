@@ -6,12 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster import Connection, connect
 from cluster.local import LocalCluster
 from cluster.registry_session import session
 
 CPUS = 4  # logical: Ray only schedules by them
+
+
+WITH_RAY = ("cluster", "faults", "jobs", "serving", "test_prism.py")  # in tests/
+
+
+class WithRayApart(LoadScopeScheduling):
+    """With `-n 2`, all tests that may start Ray go to one process, which starts it once; the others go by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0])
+        return "ray" if file.parts[1] in WITH_RAY else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WithRayApart:
+    """The scheduler of `pytest -n 2`."""
+    return WithRayApart(config, log)
 
 
 class SharedRay:

@@ -48,7 +48,7 @@ class Spectrum:
     @property
     def slowest(self) -> Tensor:
         """The longest time scale tau_2, (inputs,); 0 without memory."""
-        return self.time_scales.amax(1) if self.eigenvalues.shape[1] else torch.zeros(len(self.eigenvalues)).double()
+        return self.time_scales.amax(1) if self.eigenvalues.shape[1] else self.time_scales.sum(1)
 
     @property
     def annulus(self) -> tuple[float, float]:
@@ -168,7 +168,7 @@ def smooth_step(reservoir: QuantumReservoir, row: Tensor, value: Tensor) -> Tens
         [reservoir], 2**reservoir.qubits, len(value), device=row.device, dtype=torch.complex128, fourier=False
     )
     unitary = steps.block(value[None, None])[0]
-    start = torch.eye(2**reservoir.qubits, dtype=torch.complex128)[:, :: 2**reservoir.reset_qubits]
+    start = torch.eye(2**reservoir.qubits, dtype=torch.complex128, device=row.device)[:, :: 2**reservoir.reset_qubits]
     turned = gates.pair_rotations(start, reservoir.feedback_pairs, reservoir.feedback * state.feedback)
     columns = unitary @ turned
     density = density_matrix(state.density[:, 0])
@@ -176,10 +176,12 @@ def smooth_step(reservoir: QuantumReservoir, row: Tensor, value: Tensor) -> Tens
     probabilities = (image * columns.conj()).real.sum(-1)
     blocks = (1, layout.dimension, -1)
     after = image.reshape(blocks) @ columns.reshape(blocks).mH
-    index = torch.arange(layout.dimension) & (2 ** (reservoir.measured_qubits - reservoir.reset_qubits) - 1)
+    index = torch.arange(layout.dimension, device=row.device) & (
+        2 ** (reservoir.measured_qubits - reservoir.reset_qubits) - 1
+    )
     after = after * (index[:, None] == index[None, :])
-    outcomes = torch.arange(2**reservoir.qubits)
-    bits = ((outcomes[:, None] >> torch.arange(reservoir.measured_qubits)) & 1).double()
+    outcomes, places = (torch.arange(size, device=row.device) for size in (len(start), reservoir.measured_qubits))
+    bits = ((outcomes[:, None] >> places) & 1).double()
     return State((after.real + after.imag)[:, None], probabilities @ bits, state.counter).pack(layout)[0]
 
 

@@ -17,6 +17,7 @@ from library.qrc.reservoir import QuantumReservoir
 from library.qrc.state import Layout, State, density_matrix, initial_state, unpack
 
 SMALL = 1e-7  # the distance that nonlinear copies are kept at, so that the exponent is of the linearised map
+CONSTANT = 1e-6  # variance of a feature that tells nothing
 FLOOR = 1e-14  # distances below this are rounding
 
 
@@ -59,8 +60,9 @@ def check_echo_state(reservoir: QuantumReservoir, inputs: Tensor, washout: int, 
     """Before use: the copies must have met to `tolerance` (of features in [-1, 1]) after `washout` of the inputs.
 
     Raises InputError with what to change when they have not. Warns when the slowest time scale at the mean input is
-    more than a fifth of the washout, so that features may still drift, and when a unital channel (measured, never
-    reset) lets all features fade to 0.
+    more than a fifth of the washout, so that features may still drift; when a unital channel (measured, never reset)
+    lets all features fade to 0; when input angles span more than half a turn, so that different inputs may look alike;
+    and when a feature's variance over the inputs is below 1e-6, so that it tells nothing.
     """
     if not 0 < washout <= len(inputs):
         raise InputError(f"washout {washout} must lie in 1 to {len(inputs)}, the length of the inputs")
@@ -70,6 +72,13 @@ def check_echo_state(reservoir: QuantumReservoir, inputs: Tensor, washout: int, 
             f"after a washout of {washout} steps features still depend on the start, by {echo.remaining:.2g} "
             f"(allowed {tolerance:g}): use a longer washout, a larger sigma, more measured qubits or less feedback"
         )
+    span = abs(reservoir.scale) * float((inputs.amax(0) - inputs.amin(0)).max())
+    if span > math.pi:
+        warnings.warn(
+            f"input angles span {span:.3g}, more than half a turn: different inputs may look alike; lower the scale",
+            stacklevel=2,
+        )
+    _warn_of_constant_features(reservoir, inputs)
     if reservoir.mode == "persistent" and reservoir.noise is None:
         if reservoir.reset_qubits == 0:
             warnings.warn(
@@ -100,6 +109,18 @@ def trace_distance(reservoir: QuantumReservoir, left: Tensor, right: Tensor) -> 
     one, other = unpack(left, layout), unpack(right, layout)
     norm = torch.linalg.eigvalsh(density_matrix(one.density - other.density)).abs().sum((-1, -2))
     return norm + (one.feedback - other.feedback).abs().sum(-1)
+
+
+def _warn_of_constant_features(reservoir: QuantumReservoir, inputs: Tensor) -> None:
+    features, _ = reservoir.drive(inputs[None])
+    variances = features[0, len(inputs) // 2 :].var(0, correction=0)
+    constant = [name for name, value in zip(reservoir.feature_names, variances, strict=True) if value < CONSTANT]
+    if constant:
+        warnings.warn(
+            f"features {', '.join(constant[:6])}{' ...' if len(constant) > 6 else ''} hardly vary (variance below "
+            f"{CONSTANT:g}): raise the scale of the inputs or sigma",
+            stacklevel=3,
+        )
 
 
 def _rate(reservoir: QuantumReservoir, inputs: Tensor, starts: Tensor, renormalize: int) -> float:

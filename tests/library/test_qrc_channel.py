@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -265,7 +266,13 @@ def test_a_reservoir_that_remembers_its_start_is_refused():
         echo.check_echo_state(QuantumReservoir(sigma=0.1), series(300, 1), 40, tolerance=1.0)
     with pytest.warns(UserWarning, match="unital"):
         echo.check_echo_state(QuantumReservoir(measured=2, reset=0), series(400, 1), 400)
-    assert echo.check_echo_state(QuantumReservoir(), series(300, 1), 200).rate < -0.05
+    with pytest.warns(UserWarning, match="half a turn"):
+        echo.check_echo_state(QuantumReservoir(scale=4.0), series(300, 1), 200)
+    with pytest.warns(UserWarning, match="features Z0, Z1, Z2, Z3, Z0Z1, Z0Z2 ... hardly vary"):
+        echo.check_echo_state(QuantumReservoir(scale=1e-4), series(300, 1), 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert echo.check_echo_state(QuantumReservoir(), series(300, 1), 200).rate < -0.05
     with pytest.raises(InputError, match="washout 500 must lie in 1 to 300"):
         echo.check_echo_state(QuantumReservoir(), series(300, 1), 500)
     with pytest.raises(InputError, match="too few"):

@@ -2,14 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from jobs.pareto import costs, front, hypervolume
+from jobs.pareto import costs, front, front_ranks, hypervolume
 from jobs.search import TrialRecord, told
 from tune_spaces.space import Choice, Real, Space
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from matplotlib.figure import Figure
 
+NAMES = {"validation_kib": "size on disk, KiB", "validation_megabops": "10^6 bit operations"}
 IMPORTANCE_TRIALS = 10  # with fewer finished ones an estimate of importance is noise
 
 
@@ -90,8 +92,14 @@ def figure(space: Space, records: list[TrialRecord]) -> "Figure":
 
 
 def front_figure(space: Space, records: list[TrialRecord]) -> "Figure":
-    """The metric against the first further objective: search, its front, and the baselines, all to their end."""
+    """The metric against the first further objective: search, its front, and the baselines, all to their end.
+
+    The line joins the trials that no other one beats in these two; those that are on the front for a further objective
+    are open circles. Trials far worse than the baselines and most others are triangles at the edge.
+    """
+    import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     other = next(iter(space.others))
     drawn = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -101,22 +109,52 @@ def front_figure(space: Space, records: list[TrialRecord]) -> "Figure":
     def place(record: TrialRecord) -> tuple[float, float]:
         return record.last[other], record.last[space.metric]
 
-    searched = [place(record) for record in ended if record.group is None]
-    if searched:
-        axis.scatter(*zip(*searched, strict=True), color="#b0b0b0", s=22, label="search")
-    best = sorted(place(record) for record in front(space, records))
-    if best:
-        axis.plot(*zip(*best, strict=True), color="#D55E00", marker="o", ms=5, lw=1.6, label="front of the search")
-    for colour, group in zip(("#0072B2", "#56B4E9", "#009E73", "#E69F00"), space.baselines, strict=False):
-        points = sorted(place(record) for record in ended if record.group == group)
-        if points:
-            axis.plot(*zip(*points, strict=True), color=colour, marker="s", ms=4, lw=1.0, ls=":", label=group)
+    searched = np.array([place(record) for record in ended if record.group is None]).reshape(-1, 2)
+    groups = {
+        group: np.array(points).reshape(-1, 2)
+        for group in space.baselines
+        if (points := sorted(place(record) for record in ended if record.group == group))
+    }
+    low, high = _metric_range(space, searched[:, 1], [value for points in groups.values() for value in points[:, 1]])
+    edge = low if space.mode == "max" else high
+    within = (searched[:, 1] >= low) & (searched[:, 1] <= high)
+    axis.scatter(*searched[within].T, color="#b0b0b0", s=22, label="search")
+    if not within.all():
+        marker = "v" if space.mode == "max" else "^"
+        beyond = searched[~within, 0]
+        axis.scatter(beyond, np.full(len(beyond), edge), color="#b0b0b0", s=30, marker=marker, label="far worse")
+    best = np.array(sorted(place(record) for record in front(space, records))).reshape(-1, 2)
+    signs = {"min": 1.0, "max": -1.0}
+    ranks = front_ranks(best * [signs[space.others[other]], signs[space.mode]])
+    axis.plot(*best[ranks == 0].T, color="#D55E00", marker="o", ms=5, lw=1.6, label="front of the search")
+    further = best[(ranks > 0) & (best[:, 1] >= low) & (best[:, 1] <= high)]
+    if len(further):
+        kind = {"facecolors": "none", "edgecolors": "#D55E00"}
+        axis.scatter(*further.T, s=28, zorder=3, label="on the front for a further objective", **kind)
+    for colour, (group, points) in zip(("#0072B2", "#56B4E9", "#009E73", "#E69F00"), groups.items(), strict=False):
+        axis.plot(*points.T, color=colour, marker="s", ms=4, lw=1.0, ls=":", label=group)
+    margin = 0.04 * (high - low)
+    axis.set_ylim(low - margin, high + margin)
     axis.set_xscale("log")
-    axis.set_xlabel(other.replace("_", " "))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(NAMES.get(other, other.replace("_", " ")))
     axis.set_ylabel(space.metric.replace("_", " "))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return drawn
+
+
+def _metric_range(space: Space, searched: "np.ndarray", baselines: list[float]) -> tuple[float, float]:
+    """From the best of all to the worst baseline or the upper quartile of the search, whichever is worse."""
+    import numpy as np
+
+    sign = 1.0 if space.mode == "min" else -1.0
+    costs_of = sign * np.concatenate([searched, baselines])
+    worst = max([*(sign * np.array(baselines)), *np.quantile(sign * searched, [0.75])] if len(searched) else costs_of)
+    low, high = sorted((sign * float(costs_of.min()), sign * float(worst)))
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def front_metrics(space: Space, records: list[TrialRecord]) -> dict[str, float]:

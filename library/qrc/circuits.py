@@ -7,7 +7,6 @@ Importing this module imports qiskit; nothing else of the room does. Gates are R
 from collections.abc import Sequence
 
 import numpy as np
-import qiskit_qasm3_import
 import torch
 from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister, qasm3
 from qiskit_aer import AerSimulator
@@ -154,14 +153,6 @@ def to_qasm3(reservoir: QuantumReservoir, inputs: Tensor, *, expectations: Tenso
     """OpenQASM 3 of `series_circuit`, for hardware and other tools; noise is left out."""
     ideal = reservoir.model_copy(update={"noise": None})
     return qasm3.dumps(series_circuit(ideal, inputs, expectations=expectations))
-
-
-def from_qasm3(text: str) -> QuantumCircuit:
-    """The circuit of an OpenQASM 3 program, such as `to_qasm3` writes; InputError for one that cannot be read."""
-    try:
-        return qiskit_qasm3_import.parse(text)
-    except Exception as error:  # its parser's and its grammar's errors have no common ancestor
-        raise InputError(f"not a program in OpenQASM 3: {error}") from error
 
 
 def _append(circuit: QuantumCircuit, sequence: Sequence[gates.Gate]) -> None:

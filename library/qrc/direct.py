@@ -47,7 +47,9 @@ def evolve(
     fed = first.mode != "persistent"
     real = dtype.to_real()
     readout = readout.to(inputs.device, real)
-    steps = Steps(reservoirs, full if fed else dimension, channels, device=inputs.device, dtype=dtype, fourier=fourier)
+    width, points = full if fed else dimension, series * time
+    options = {"device": inputs.device, "dtype": dtype, "points": points, "fourier": fourier}
+    steps = Steps(reservoirs, width, channels, **options)
     memory = state.density.to(real).reshape(lanes, dimension, dimension)
     measure = Measurement(first, dimension, state.counter.flatten())
     feedback = Feedback(reservoirs, state.feedback.to(real).reshape(lanes, -1), series, dimension) if fed else None

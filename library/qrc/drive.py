@@ -125,11 +125,18 @@ def _starts(reservoirs: Sequence[QuantumReservoir], inputs: Tensor, states: Sequ
 
 
 def _structure(reservoir: QuantumReservoir) -> tuple:
-    settings = reservoir.model_dump(
-        include={"mode", "qubits", "feedback_by", "period", "observed", "encoding", "pairs", "noise"}
+    return (
+        reservoir.mode,
+        reservoir.qubits,
+        reservoir.measured_qubits,
+        reservoir.reset_qubits,
+        reservoir.feedback_by,
+        reservoir.period,
+        reservoir.observed,
+        reservoir.encoding,
+        reservoir.pairs,
+        reservoir.noise is not None,
     )
-    noise = reservoir.noise is not None
-    return (*(settings | {"noise": noise}).values(), reservoir.measured_qubits, reservoir.reset_qubits)
 
 
 def _engine(

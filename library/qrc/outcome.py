@@ -36,7 +36,8 @@ def evolve(
     outcomes, memory = state.density.shape[-3:-1]
     full, lanes, real = 2**first.qubits, series * len(reservoirs), dtype.to_real()
     readout = readout.to(inputs.device, real)
-    steps = Steps(reservoirs, full, channels, device=inputs.device, dtype=dtype, fourier=fourier)
+    options = {"device": inputs.device, "dtype": dtype, "points": series * time, "fourier": fourier}
+    steps = Steps(reservoirs, full, channels, **options)
     first_columns = _feedback_columns(reservoirs, memory, inputs.device, dtype).repeat(series, 1, 1)
     kept = 2 ** (first.measured_qubits - first.reset_qubits)  # outcomes of the measured qubits that are not reset
     own = (torch.arange(memory, device=inputs.device) & (kept - 1)) == torch.arange(kept, device=inputs.device)[:, None]

@@ -10,6 +10,7 @@ discrete Fourier transform; after that a step costs one small matrix product, an
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,13 +18,15 @@ from torch import Tensor
 from library.qrc import gates
 from library.qrc.reservoir import QuantumReservoir
 
+KEPT_ENTRIES = 1 << 14  # complex numbers of a batch of unitaries that is kept for the next call: 256 KiB
 COEFFICIENT_BYTES = 256 << 20  # most that the coefficients of a batch may take
 
 
 class Steps:
     """U_res U_in(s) of reservoirs of equal structure, restricted to the columns where reset qubits are |0>.
 
-    `columns` is 2^n for the whole unitaries, or 2^r for the columns of r memory qubits. `fourier` None decides by cost.
+    `columns` is 2^n for the whole unitaries, or 2^r for the columns of r memory qubits. `fourier` None decides by cost,
+    for `points` inputs.
     """
 
     def __init__(
@@ -34,10 +37,11 @@ class Steps:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        points: int = 1,
         fourier: bool | None = None,
     ) -> None:
         self.reservoir, self.count, self.columns = reservoirs[0], len(reservoirs), columns
-        self.fixed = fixed_unitaries(reservoirs).to(device, dtype)
+        self.fixed = _kept_unitaries(reservoirs).to(device, dtype)
         keys = [(reservoir.scale, reservoir.bias) for reservoir in reservoirs]
         alike = len(set(keys)) == 1
         table = torch.tensor(keys[:1] if alike else keys, dtype=dtype.to_real(), device=device)
@@ -48,7 +52,7 @@ class Steps:
             terms *= degree + 1
         size = self.count * terms * self.fixed.shape[-1] * columns * dtype.itemsize
         if fourier is None:
-            fourier = terms <= self.fixed.shape[-1] and size <= COEFFICIENT_BYTES
+            fourier = terms <= min(self.fixed.shape[-1], points) and size <= COEFFICIENT_BYTES
         self.coefficients = self._coefficients() if fourier else None
 
     def block(self, inputs: Tensor) -> Tensor:
@@ -83,6 +87,17 @@ class Steps:
         if len(self.scale) == 1:
             return values.transpose(0, 1).reshape(1, len(rotated), -1).contiguous()
         return values.flatten(2).contiguous()
+
+
+def _kept_unitaries(reservoirs: Sequence[QuantumReservoir]) -> Tensor:
+    """`fixed_unitaries`, remembered for small batches: a stream asks for the same ones at every step."""
+    few = len(reservoirs) * 4 ** reservoirs[0].qubits <= KEPT_ENTRIES
+    return _remembered(tuple(reservoirs)) if few else fixed_unitaries(reservoirs)
+
+
+@lru_cache(maxsize=256)
+def _remembered(reservoirs: tuple[QuantumReservoir, ...]) -> Tensor:
+    return fixed_unitaries(reservoirs)
 
 
 def fixed_unitaries(reservoirs: Sequence[QuantumReservoir]) -> Tensor:

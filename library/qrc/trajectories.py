@@ -38,7 +38,9 @@ def evolve(
     expectation = rows[:, numbers + shots :]
     fed = reservoir.mode != "persistent"
     by_outcome = fed and reservoir.feedback_by == "outcome"
-    steps = Steps([reservoir], full if fed else memory, channels, device=inputs.device, dtype=torch.complex128)
+    steps = Steps(
+        [reservoir], full if fed else memory, channels, device=inputs.device, dtype=torch.complex128, points=time
+    )
     begin = torch.eye(full, dtype=torch.complex128, device=inputs.device)[:, :: full // memory]
     bits = (
         torch.arange(2**measured, device=inputs.device)[:, None] >> torch.arange(measured, device=inputs.device)

@@ -1,6 +1,7 @@
 """The Hessian of a trained artifact's loss, data-parallel over Ray Train workers."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -55,24 +56,30 @@ def analyse_artifact(
         raise InputError(f"{settings.samples} samples cannot be shared by {workers} workers; use fewer workers")
     scaling = Scaling(workers=workers, cpus_per_worker=cpus, gpu=gpu)
     check_fits(scaling)
+    from rich.console import Console
+
     with tempfile.TemporaryDirectory(prefix="prism-hessian-") as folder:
         task = {"name": name, "settings": settings, "seed": seed}
         running = Workers(_analyse, task, scaling=scaling, folder=folder, max_failures=retries)
-        for _ in running:
-            pass
+        for events in running:
+            for event in events:
+                if "line" in event:
+                    Console(stderr=True).print(f"hessian: {event['line']}", highlight=False)
     if isinstance(running.outcome, PrismError):
         raise running.outcome
     return running.outcome
 
 
-def analyse_here(name: str, settings: Analysis, *, seed: int, device: Any = "cpu") -> HessianReport:
+def analyse_here(
+    name: str, settings: Analysis, *, seed: int, device: Any = "cpu", notify: Callable[[str], None] | None = None
+) -> HessianReport:
     """This worker's part of the analysis; the same report on every worker."""
     model, recipe = trained_model(open_artifact(registry.resolve(name)))
     splits = recipe.datasets()
     model = model.to(device).double() if settings.double else model.to(device)
     batches = curvature_batches(splits, getattr(splits, settings.part), settings.samples, settings.batch_size)
     options = settings.model_dump(include={"top", "steps", "probes", "exact_below", "tolerance", "checkpoint"})
-    return analyze_recipe(recipe, model, batches, seed=seed, **options)
+    return analyze_recipe(recipe, model, batches, seed=seed, notify=notify, **options)
 
 
 def _analyse(task: dict[str, Any], poster: Poster) -> None:
@@ -80,7 +87,13 @@ def _analyse(task: dict[str, Any], poster: Poster) -> None:
     from ray.train.torch import get_device
 
     try:
-        report = analyse_here(task["name"], task["settings"], seed=task["seed"], device=get_device())
+        report = analyse_here(
+            task["name"],
+            task["settings"],
+            seed=task["seed"],
+            device=get_device(),
+            notify=lambda line: poster.post(line=line),
+        )
         poster.post(outcome=_without_vectors(report))
     except PrismError as error:
         poster.post(outcome=error)

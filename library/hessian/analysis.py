@@ -1,5 +1,6 @@
 """The analysis of a trained network's curvature: everything in one call, exact when small and estimated when large."""
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from library.spectral.smoothing import deflated_quadrature
 from library.spectral.trace import Estimate
 
 MOST_CLASSES = 64  # with more (a vocabulary, say) eigenvectors are not attributed to classes
+EVERY = 5.0  # seconds between two lines of progress
 FLOAT32_FLOOR = 1e-6  # rounding of float32 products, as a share of the largest eigenvalue
 
 
@@ -41,6 +43,7 @@ def analyze(
     chunk: int | None = None,
     gauss_newton: bool = True,
     checkpoint: str | Path | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> HessianReport:
     """The Hessian spectrum of `loss(model(input), target)` over `data`: bulk, outliers, their origin, the layers.
 
@@ -50,6 +53,8 @@ def analyze(
     of probes, all with standard errors. The decomposition H = G + R needs a tensor as output (`gauss_newton` switches
     it off); class attribution integer labels and outputs (N, k) of at most 64 classes. The Lanczos basis is shared over
     the workers of a run; its steps are kept in the folder `checkpoint`, from which a run that was interrupted goes on.
+
+    A long analysis calls `notify` with a line of progress every few seconds.
 
     `loss` is the mean over a batch; `data` holds pairs (input, target) or is one such pair, and may be sharded over
     workers. The model's weights, mode and dtype are left alone; a float64 model resolves smaller eigenvalues.
@@ -76,7 +81,8 @@ def analyze(
     if hessian.size <= exact_below:
         found = _exact(hessian, newton, wanted)
     else:
-        found = _estimated(hessian, newton, wanted, steps, probes, tolerance, draw, checkpoint)
+        watch = _Watch(notify)
+        found = _estimated(hessian, newton, wanted, steps, probes, tolerance, draw, checkpoint, watch)
         loose = int((~found["top"].converged).sum())
         if loose:
             notes.append(f"{loose} of the largest eigenvalues are less accurate than asked: see their residuals")
@@ -156,14 +162,17 @@ def _estimated(
     tolerance: float,
     draw: torch.Generator,
     checkpoint: str | Path | None,
+    watch: "_Watch",
 ) -> dict[str, Any]:
     start = hessian.probes(max(2, wanted // 2), generator=draw)
     require_symmetric(hessian, start)
-    pairs = extreme_eigenpairs(hessian, start, largest=wanted, smallest=2, generator=draw, tolerance=tolerance)
+    watched = watch(hessian, f"{wanted} largest and 2 smallest eigenvalues")
+    pairs = extreme_eigenpairs(watched, start, largest=wanted, smallest=2, generator=draw, tolerance=tolerance)
     random = hessian.probes(probes, generator=draw)
-    images = hessian(random)
+    images = watch(hessian, f"traces of {probes} probes")(random)
     run = partial(sharded_lanczos, folder=checkpoint)
-    spectrum = deflated_quadrature(hessian, pairs, random, steps, run=run)
+    watched = watch(hessian, f"density, {probes} x {steps} Lanczos steps")
+    spectrum = deflated_quadrature(watched, pairs, random, steps, run=run)
     found = {
         "spectrum": spectrum,
         "top": pairs.select(slice(0, wanted)),
@@ -174,11 +183,40 @@ def _estimated(
     }
     if newton is not None:
         found["gauss_newton"] = extreme_eigenpairs(
-            newton, found["top"].vectors, largest=wanted, generator=draw, tolerance=tolerance
+            watch(newton, "Gauss-Newton eigenvalues"),
+            found["top"].vectors,
+            largest=wanted,
+            generator=draw,
+            tolerance=tolerance,
         )
         residual = (images - newton(random)).square().sum(0).mean()
         found["residual_share"] = float((residual / found["square"].value).sqrt())
     return found
+
+
+class _Watch:
+    """Lets an operator tell how many products it has made, at the start and then at most every `EVERY` seconds."""
+
+    def __init__(self, notify: Callable[[str], None] | None) -> None:
+        self._notify = notify
+
+    def __call__(self, operator: CurvatureOperator, what: str) -> Callable[[Tensor], Tensor]:
+        notify = self._notify
+        if notify is None:
+            return operator
+        products, said = 0, time.monotonic()
+        notify(what)
+
+        def counted(block: Tensor) -> Tensor:
+            nonlocal products, said
+            image = operator(block)
+            products += block.shape[1]
+            if time.monotonic() - said >= EVERY:
+                notify(f"{what}: {products} products")
+                said = time.monotonic()
+            return image
+
+        return counted
 
 
 def _scaled(estimate: Estimate, size: int) -> Estimate:

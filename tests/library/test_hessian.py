@@ -128,6 +128,18 @@ def test_estimates_of_a_large_spectrum_agree_with_the_exact_ones(trained):
     torch.testing.assert_close(found.attribution.pairs[:5], exact.attribution.pairs[:5], rtol=1e-4, atol=1e-4)
 
 
+def test_a_long_analysis_says_where_it_is(trained):
+    model, data = trained
+    lines: list[str] = []
+    hessian.analyze(model, F.cross_entropy, data, exact_below=0, steps=4, probes=2, top=2, notify=lines.append)
+    assert lines == [
+        "2 largest and 2 smallest eigenvalues",
+        "traces of 2 probes",
+        "density, 2 x 4 Lanczos steps",
+        "Gauss-Newton eigenvalues",
+    ]
+
+
 def test_an_interrupted_analysis_goes_on_from_its_lanczos_steps(trained, tmp_path):
     model, data = trained
     options = {"exact_below": 0, "probes": 2, "gauss_newton": False, "checkpoint": tmp_path}

@@ -15,6 +15,8 @@ RECIPES = {
     "send": "library.send.recipe:SendRecipe",
     "classifier": "library.images.recipe:ClassifierRecipe",
     "farms-classifier": "library.farms.recipe:BalancedClassifierRecipe",
+    "rqgnn": "library.rqgnn.recipe:RqgnnRecipe",
+    "spe": "library.spe.recipe:SpeRecipe",
 }
 
 

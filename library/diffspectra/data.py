@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.diffspectra.broadening import Augmentation, Broadening, augmented, broaden, network_input, noisy
 from library.diffspectra.lines import MODALITIES, Lines, chosen
-from library.diffspectra.molecules import ATOMIC_NUMBERS, MoleculeBatch, Structure, batch_of
+from library.diffspectra.molecules import ATOMIC_NUMBERS, Atoms, MoleculeBatch, Structure, batch_of
 from library.errors import InputError
 from library.samples import sample_file
 
@@ -30,55 +30,6 @@ class Sample(NamedTuple):
     signals: dict[str, Signal]
     index: int
     perturbed: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Atoms:
-    """Molecules as ragged arrays: molecule i has atoms `offsets[i]` to `offsets[i + 1]`, and bonds likewise.
-
-    positions  float32 (atoms, 3), angstrom
-    types      uint8 (atoms,), places in ELEMENTS
-    charges    int8 (atoms,), formal
-    bonds      uint8 (bonds, 3): two atoms, from 0 in each molecule, and the order
-    """
-
-    offsets: Tensor
-    positions: Tensor
-    types: Tensor
-    charges: Tensor
-    bond_offsets: Tensor
-    bonds: Tensor
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def sizes(self) -> Tensor:
-        """Atoms of each molecule, int64."""
-        return self.offsets.diff()
-
-    def structure(self, index: int) -> Structure:
-        """Molecule `index` with dense bond orders."""
-        atoms = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        ends = self.bonds[int(self.bond_offsets[index]) : int(self.bond_offsets[index + 1])].long()
-        n = atoms.stop - atoms.start
-        bonds = torch.zeros(n, n, dtype=torch.int64)
-        bonds[ends[:, 0], ends[:, 1]] = bonds[ends[:, 1], ends[:, 0]] = ends[:, 2]
-        return Structure(self.positions[atoms], self.types[atoms].long(), self.charges[atoms].long(), bonds)
-
-    @classmethod
-    def of(cls, structures: Sequence[Structure]) -> "Atoms":
-        """The ragged arrays of some molecules."""
-        pairs = [torch.triu(one.bonds).nonzero() for one in structures]
-        orders = [one.bonds[p[:, 0], p[:, 1], None] for one, p in zip(structures, pairs, strict=True)]
-        return cls(
-            _offsets([len(one) for one in structures]),
-            torch.cat([one.positions for one in structures]).float(),
-            torch.cat([one.types for one in structures]).to(torch.uint8),
-            torch.cat([one.charges for one in structures]).to(torch.int8),
-            _offsets([len(p) for p in pairs]),
-            torch.cat([torch.cat(both, 1) for both in zip(pairs, orders, strict=True)]).to(torch.uint8),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +172,36 @@ def load_molecules(source: str = "simulated") -> MoleculeData:
     if place.suffix == ".npz" and place.is_file():
         with place.open("rb") as stream:
             return read_lines(stream, place.name)
-    raise InputError(f"no molecules at {source!r}; there are simulated, and an NPZ file of line lists")
+    if place.is_dir():
+        from library.diffspectra.qm9s import read_folder
+
+        return read_folder(place)
+    raise InputError(
+        f"no molecules at {source!r}; there are simulated, an NPZ file of line lists, and a converted folder"
+    )
+
+
+def split_by_constitution(
+    smiles: Sequence[str], fractions: tuple[float, float, float], seed: int = 0
+) -> dict[str, Tensor]:
+    """Train, validation and test: numbers of molecules, equal SMILES never in two of them.
+
+    Constitutions are permuted by NumPy's generator of that seed and cut. Raises InputError for fractions that do not
+    sum to 1, or a part that stays empty.
+    """
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise InputError(f"fractions: {fractions} must be three positive numbers that sum to 1")
+    _, group = np.unique(np.asarray(smiles, dtype=str), return_inverse=True)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(group.max() + 1 if len(group) else 0)
+    edges = (np.cumsum(fractions)[:2] * len(order)).round().astype(int)
+    part_of_group = np.empty(len(order), dtype=int)
+    for part, groups in enumerate(np.split(order, edges)):
+        if not len(groups):
+            raise InputError(
+                f"{len(order)} constitutions are too few for fractions {fractions}: {PARTS[part]} is empty"
+            )
+        part_of_group[groups] = part
+    return {part: torch.from_numpy(np.flatnonzero(part_of_group[group] == i)) for i, part in enumerate(PARTS)}
 
 
 def read_lines(stream: object, name: str) -> MoleculeData:
@@ -287,7 +267,3 @@ def _types(numbers: np.ndarray, name: str) -> Tensor:
     if (types == 255).any():
         raise InputError(f"{name}: atomic number {numbers[types == 255][0]} is none of {ATOMIC_NUMBERS}")
     return torch.from_numpy(types)
-
-
-def _offsets(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0)

@@ -45,6 +45,55 @@ class Structure:
         return {element: count for element, count in zip(ELEMENTS, counts, strict=True) if count}
 
 
+@dataclass(frozen=True, eq=False)
+class Atoms:
+    """Molecules as ragged arrays: molecule i has atoms `offsets[i]` to `offsets[i + 1]`, and bonds likewise.
+
+    positions  float32 (atoms, 3), angstrom
+    types      uint8 (atoms,), places in ELEMENTS
+    charges    int8 (atoms,), formal
+    bonds      uint8 (bonds, 3): two atoms, from 0 in each molecule, and the order
+    """
+
+    offsets: Tensor
+    positions: Tensor
+    types: Tensor
+    charges: Tensor
+    bond_offsets: Tensor
+    bonds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        """Atoms of each molecule, int64."""
+        return self.offsets.diff()
+
+    def structure(self, index: int) -> Structure:
+        """Molecule `index` with dense bond orders."""
+        atoms = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        ends = self.bonds[int(self.bond_offsets[index]) : int(self.bond_offsets[index + 1])].long()
+        n = atoms.stop - atoms.start
+        bonds = torch.zeros(n, n, dtype=torch.int64)
+        bonds[ends[:, 0], ends[:, 1]] = bonds[ends[:, 1], ends[:, 0]] = ends[:, 2]
+        return Structure(self.positions[atoms], self.types[atoms].long(), self.charges[atoms].long(), bonds)
+
+    @classmethod
+    def of(cls, structures: Sequence[Structure]) -> "Atoms":
+        """The ragged arrays of some molecules."""
+        pairs = [torch.triu(one.bonds).nonzero() for one in structures]
+        orders = [one.bonds[p[:, 0], p[:, 1], None] for one, p in zip(structures, pairs, strict=True)]
+        return cls(
+            _offsets([len(one) for one in structures]),
+            torch.cat([one.positions for one in structures]).float(),
+            torch.cat([one.types for one in structures]).to(torch.uint8),
+            torch.cat([one.charges for one in structures]).to(torch.int8),
+            _offsets([len(p) for p in pairs]),
+            torch.cat([torch.cat(both, 1) for both in zip(pairs, orders, strict=True)]).to(torch.uint8),
+        )
+
+
 class MoleculeBatch(NamedTuple):
     """Molecules of one batch, padded with zeros to the largest, N atoms.
 
@@ -176,3 +225,7 @@ def pieces(bonds: Tensor) -> int:
     for _ in range(max(1, (len(bonds) - 1).bit_length())):
         reached = (reached.float() @ reached.float()) > 0
     return len(reached.unique(dim=0))
+
+
+def _offsets(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0)

@@ -33,6 +33,8 @@ METHODS = {
     "hawq": Method("HAWQ-V2: bits for each layer from the curvature of the loss, chosen exactly", "arXiv 1911.03852"),
     "hessian": Method("spectra of the loss's Hessian: bulk, outliers and the classes behind them", "arXiv 1706.04454"),
     "farms": Method("FARMS: spectra of layers free of their shapes, for pruning and rates", "arXiv 2506.06280"),
+    "spe": Method("SPE: positional encodings of graphs that are stable and know all eigenspaces", "arXiv 2310.02579"),
+    "rqgnn": Method("RQGNN: anomalous graphs, told by the energy of their signals", "arXiv 2310.02861"),
     "qrc": Method("onions of quantum reservoirs, their memory read off a channel's spectrum", "arXiv 2505.22837"),
 }
 
@@ -59,6 +61,11 @@ JOBS = {
     "farms-prune": JobEntry(
         "farms", "jobs.farms_prune:FarmsPruneJob", "prune a causal language model, layers by their spectra"
     ),
+    "spe": JobEntry("spe", "jobs.spe:SpeJob", "train positional encodings and a graph network on molecules or graphs"),
+    "rqgnn": JobEntry("rqgnn", "jobs.rqgnn:RqgnnJob", "train a detector of anomalous graphs among many normal ones"),
+    "rqgnn-features": JobEntry(
+        "rqgnn", "jobs.rqgnn_features:RqgnnFeaturesJob", "compute Rayleigh features of many graphs into Parquet"
+    ),
     "qrc": JobEntry("qrc", "jobs.qrc:QrcJob", "fit a forecaster of corrosion, or of your own series, and measure it"),
 }
 
@@ -66,6 +73,9 @@ SEARCHES = {
     "send": "how much SeND drops, when and chosen how: the least EigenScore within 1 % of plain training's loss",
     "hawq": "bits, metric, quantiser and fine-tuning of HAWQ-V2: accuracy against size and bit operations",
     "farms": "how far layers' learning rates differ, by which map of their exponents: the best accuracy",
+    "spe": "eigenpairs, functions on eigenvalues, outer network, depth and rates of SPE: the least validation error",
+    "rqgnn": "quotients, filters, pooling, sizes, loss and rates of RQGNN: the best macro-F1 on held-out graphs",
+    "qrc": "angles, sizes and encodings of quantum reservoirs, then onions of the best: the least error elsewhere",
 }
 
 

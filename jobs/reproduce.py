@@ -34,6 +34,7 @@ REPRODUCTIONS = {
     "hawq": "jobs.hawq_reproduction:HawqReproduction",
     "hessian": "jobs.hessian_reproduction:HessianReproduction",
     "farms": "jobs.farms_reproduction:FarmsReproduction",
+    "rqgnn": "jobs.rqgnn_reproduction:RqgnnReproduction",
 }
 
 ROOT = Path(__file__).resolve().parents[1]

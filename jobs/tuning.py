@@ -38,10 +38,14 @@ BEST = "best.json"
 
 
 class SearchEntry(NamedTuple):
-    """Where a search is found: the module with its `space(recipe)`, and the name of the job that it varies."""
+    """Where a search is found: the module with its `space(recipe)`, and the name of the job that it varies.
+
+    A search that no single training job stands behind has a job of its `own`, named as in `jobs.JOBS`.
+    """
 
     module: str
     job: str
+    own: str | None = None
 
     def of(self, job: TrainingJob) -> Space:
         """The space for a job, whose ranges may depend on the recipe. Raises InputError for paths that do not fit."""
@@ -54,6 +58,9 @@ SPACES: dict[str, SearchEntry] = {
     "send": SearchEntry("tune_spaces.send", "send"),
     "hawq": SearchEntry("tune_spaces.hawq", "hawq"),
     "farms": SearchEntry("tune_spaces.farms", "farms-balance"),
+    "spe": SearchEntry("tune_spaces.spe", "spe"),
+    "rqgnn": SearchEntry("tune_spaces.rqgnn", "rqgnn"),
+    "qrc": SearchEntry("tune_spaces.qrc", "qrc", own="jobs.qrc_search:QrcSearch"),
 }
 
 
@@ -88,6 +95,8 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             return data
         if data["space"] not in SPACES:
             raise InputError(f"unknown space {data['space']!r}; there are {', '.join(SPACES)}")
+        if SPACES[data["space"]].own is not None:
+            raise InputError(f"the search over {data['space']!r} is a job of its own: `tune_job` gives its class")
         base = data.get("base") or {}
         if isinstance(base, TrainingJob):
             return data
@@ -278,13 +287,17 @@ class TuneJob(Job, frozen=True, extra="forbid"):
         report.notes += tracking.notes
 
 
-def tune_job(name: str) -> type[TuneJob]:
-    """The job of a named space, whose `base` has that space's own type and default: what typed flags are made from.
+def tune_job(name: str) -> type[Job]:
+    """The job of a named space: what typed flags are made from. Its `base` has that space's own type and default.
 
     Raises InputError that lists the spaces.
     """
     if name not in SPACES:
         raise InputError(f"unknown space {name!r}; there are {', '.join(SPACES)}")
+    own = SPACES[name].own
+    if own is not None:
+        module, _, attribute = own.partition(":")
+        return getattr(import_module(module), attribute)
     base = job_class(SPACES[name].job)
     made = create_model(f"Tune{base.__name__}", __base__=TuneJob, space=(Literal[name], name), base=(base, base()))
     made.__doc__ = import_module(SPACES[name].module).__doc__

@@ -16,6 +16,7 @@ from library.errors import InputError, PrismError
 from serving.corrosion import Corrosion
 from serving.endpoint import Endpoint
 from serving.hawq import Advise, Classify
+from serving.rqgnn import GraphAnomaly
 from serving.send import Hallucination, Score
 from serving.settings import EndpointArgs, token_digest
 from serving.spectrum import Spectrum
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from cluster import Connection
 
 ENDPOINTS: dict[str, type[Endpoint]] = {
-    endpoint.name: endpoint for endpoint in (Hallucination, Score, Spectrum, Classify, Advise, Corrosion)
+    endpoint.name: endpoint for endpoint in (Hallucination, Score, Spectrum, Classify, Advise, Corrosion, GraphAnomaly)
 }
 LOG = logging.getLogger(__name__)
 REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")

@@ -39,6 +39,10 @@ def optional(**constraints: Any) -> Any:
     return Field(None, json_schema_extra=_without_default, **constraints)
 
 
+class TooLarge(InputError):
+    """A request costs more than one may: 413."""
+
+
 class Endpoint(ABC):
     """One route over one artifact. The class says what is served; an instance is the loaded model.
 
@@ -108,9 +112,9 @@ def answer_batch(endpoint: Endpoint, requests: Sequence[Any]) -> list[Any]:
 
 
 def check_cost(endpoint: Endpoint, cost: int, limit: int) -> None:
-    """Raise InputError when a request costs more than `limit`."""
+    """Raise TooLarge when a request costs more than `limit`."""
     if cost > limit:
-        raise InputError(f"body: {cost} {endpoint.cost_unit} are asked for; one request may ask for at most {limit}")
+        raise TooLarge(f"body: {cost} {endpoint.cost_unit} are asked for; one request may ask for at most {limit}")
 
 
 def _without_default(schema: JsonDict) -> None:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from library.errors import InputError
+from serving.endpoint import TooLarge
 
 LOG = logging.getLogger("ray.serve")
 FIELD = re.compile(r"(?P<field>[a-z_]\w*(?:\.[a-z_]\w*|\[\d+\])*): (?P<problem>.*)", re.ASCII | re.DOTALL)
@@ -24,7 +25,7 @@ MOST_FIELDS = 8  # in one response
 LONGEST_NAME = 64  # of a field that a client made up
 MEANINGS = {
     401: "The bearer token is missing or wrong.",
-    413: "The body is too large.",
+    413: "The body is too large, or asks for too much.",
     422: "The body is not valid; `fields` says where and what is allowed.",
     429: "Too many requests are waiting; retry after a moment.",
     500: "An unexpected failure; the log has it under the request's id.",
@@ -72,6 +73,9 @@ def handle_problems(app: FastAPI) -> None:
         named = FIELD.fullmatch(line)
         return problem_response(request_id(request), 422, line, [FieldProblem(**named.groupdict())] if named else [])
 
+    def too_large(request: Request, error: TooLarge) -> Response:
+        return problem_response(request_id(request), 413, str(error))
+
     def invalid(request: Request, error: RequestValidationError) -> Response:
         fields = _fields(error.errors())
         line = "; ".join(f"{entry.field}: {entry.problem}" for entry in fields)
@@ -91,6 +95,7 @@ def handle_problems(app: FastAPI) -> None:
 
     for kind, handler in {
         InputError: input_error,
+        TooLarge: too_large,
         RequestValidationError: invalid,
         Overloaded: overloaded,
         Late: late,

@@ -17,13 +17,14 @@ from library.rqgnn.calibrated import Decision, Reference, energy_curves, read_de
 from library.rqgnn.data import Vocabulary
 from library.rqgnn.metrics import detection_metrics
 from library.rqgnn.model import RQGNN
-from library.rqgnn.recipe import VOCABULARY, RqgnnRecipe, margin
+from library.rqgnn.recipe import VOCABULARY, RqgnnRecipe, margin, margins_of
 from library.spectral.graph_laplacians import quotients
 from library.spectral.graph_spectra import eigenpairs
 from library.spectral.graphs import Graphs, size_buckets
 from library.weights import load_tensors
 
 BATCH_NODES = 1 << 15
+MARGIN_GRAPHS = 1024
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,10 @@ class GraphAnomalyDetector:
             else:
                 margins[chosen] = margin(self.model(batch))
         return margins, scores
+
+    def margins(self, prepared: PreparedGraphs, chosen: Tensor) -> Tensor:
+        """The margins of the chosen graphs in their order, float64 (chosen,) on the CPU."""
+        return margins_of(self.model, prepared, chosen, MARGIN_GRAPHS)
 
     def metrics(self, prepared: PreparedGraphs) -> dict[str, float]:
         """`detection_metrics` of the calibrated probabilities on labelled graphs, at the detector's threshold."""

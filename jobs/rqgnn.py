@@ -1,0 +1,92 @@
+"""RQGNN on Ray: train a graph-level anomaly detector, and measure it on graphs that it has not seen."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import PositiveInt, field_validator
+
+from cluster import registry, storage
+from jobs.report import Report
+from jobs.training import TrainingJob
+from library.rqgnn.recipe import RqgnnRecipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RqgnnJob(TrainingJob, frozen=True, extra="forbid"):
+    """Train a detector of anomalous graphs; the weights of the best validation AUC become the artifact.
+
+    Probability and threshold are fitted on the validation graphs. The report shows what they are worth on the test
+    graphs, on which nothing was chosen.
+    """
+
+    job: ClassVar[str] = "rqgnn"
+
+    recipe: RqgnnRecipe = RqgnnRecipe()
+    """What is trained, and on which graphs."""
+    checkpoint_every: PositiveInt = 20
+    """Steps between two checkpoints, each with an evaluation; the last step always has one."""
+    artifact_from: Literal["last", "best"] = "best"
+    """Which weights become the artifact: those of the last step, or of the best validation AUC."""
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _whole_batches(cls, size: int | None) -> int | None:
+        if size is not None:
+            raise ValueError("batch normalisation is over the whole batch of a step, which cannot be cut; leave it out")
+        return size
+
+    def run(self) -> Report:
+        """Train, register, and measure on the test graphs. Raises PrismError; the last checkpoint stays."""
+        import ray
+
+        report = super().run()
+        if report.artifact is None:
+            return report
+        task = ray.remote(num_cpus=1, max_retries=2)(tested)
+        found, curve = ray.get(task.remote(str(registry.resolve(report.artifact)), self.recipe))
+        report.metrics |= {f"test_{name}": value for name, value in found.items()}
+        report.figures["reliability"] = reliability_figure(curve)
+        if report.folder is not None and storage.is_local(report.folder):
+            report.save(storage.local_path(report.folder))
+        return report
+
+
+def tested(artifact: str, recipe: RqgnnRecipe) -> "tuple[dict[str, float], list[tuple[float, float, int]]]":
+    """Metrics of an artifact on its recipe's test graphs, and (mean probability, share of anomalies, graphs) in bins.
+
+    The ten bins hold equally many graphs each.
+    """
+    from library.artifact import open_artifact
+    from library.rqgnn.detector import GraphAnomalyDetector
+    from library.rqgnn.metrics import detection_metrics
+
+    detector = GraphAnomalyDetector.from_artifact(open_artifact(artifact))
+    material = recipe.material()
+    margins = detector.margins(material.prepared, material.test)
+    labels = material.prepared.labels[material.test]
+    probabilities = detector.decision.scaling.probability(margins)
+    order = probabilities.argsort()
+    bins = [
+        (float(probabilities[part].mean()), float(labels[part].double().mean()), len(part))
+        for part in order.tensor_split(10)
+        if len(part)
+    ]
+    return detection_metrics(probabilities, labels, threshold=detector.decision.threshold), bins
+
+
+def reliability_figure(bins: "list[tuple[float, float, int]]") -> "Figure":
+    """Share of anomalies over calibrated probability, with two standard errors; on the diagonal it keeps its word."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(4.4, 4.0), layout="constrained")
+    axis = drawn.subplots()
+    predicted, seen, counts = zip(*bins, strict=True)
+    errors = [2 * (max(share * (1 - share), 1e-9) / count) ** 0.5 for share, count in zip(seen, counts, strict=True)]
+    top = 1.05 * max(*predicted, *(share + error for share, error in zip(seen, errors, strict=True)))
+    axis.plot([0, top], [0, top], color="0.7", lw=1)
+    axis.errorbar(predicted, seen, errors, fmt="o", color="#D55E00", ms=4, lw=1)
+    axis.set_xlabel("calibrated probability, mean of a tenth of the graphs")
+    axis.set_ylabel("share of anomalous test graphs")
+    axis.spines[["top", "right"]].set_visible(False)
+    return drawn

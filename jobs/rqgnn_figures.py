@@ -1,0 +1,85 @@
+"""The figures of RQGNN's reproduction: areas by network and set, energy curves of both classes."""
+
+from typing import TYPE_CHECKING
+
+from library.rqgnn.study import REGRESSIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"RQGNN": "#D55E00", "control": "#009E73", "same": "#0072B2", "without": "#0072B2", "logistic": "#8a8a8a"}
+CLASSES = ((0, "normal", "#0072B2"), (1, "anomalous", "#D55E00"))
+
+
+def overview(results: "pd.DataFrame", curves: "pd.DataFrame") -> "Figure":
+    """The picture of the method: energy curves of one kind of atom, and what every network reaches on one set."""
+    drawn = _figure(10.4, 4.0)
+    left, right = drawn.subplots(1, 2, width_ratios=(1, 1.1))
+    kind = curves["kind"].iloc[0]
+    _curves(left, curves[curves["kind"] == kind])
+    left.set_title(f"energy of the signal of {kind} atoms", loc="left", fontsize=10)
+    left.set_ylabel("accumulated share of energy")
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    name = results["set"].iloc[-1]
+    _areas(right, results[results["set"] == name])
+    right.set_title(f"test AUC on {name}", loc="left", fontsize=10)
+    return drawn
+
+
+def networks_figure(results: "pd.DataFrame") -> "Figure":
+    """Test AUC of every network, a panel per set, a point per seed."""
+    sets = list(results["set"].unique())
+    drawn = _figure(11.5, 4.6)
+    order = list(dict.fromkeys(results["arm"]))
+    order = [arm for arm in order if arm not in REGRESSIONS] + [arm for arm in REGRESSIONS if arm in order]
+    for axis, name in zip(drawn.subplots(1, len(sets), sharey=True, squeeze=False).flat, sets, strict=True):
+        _areas(axis, results[results["set"] == name], order)
+        axis.set_title(name, loc="left", fontsize=10)
+    return drawn
+
+
+def curves_figure(curves: "pd.DataFrame", name: str) -> "Figure":
+    """Mean accumulated energy of both classes with the middle half of the graphs, a panel per kind of atom."""
+    kinds = list(dict.fromkeys(curves["kind"]))
+    drawn = _figure(11.0, 3.2)
+    drawn.suptitle(f"{name}, training graphs", x=0.01, ha="left", fontsize=10)
+    for axis, kind in zip(drawn.subplots(1, len(kinds), sharey=True, squeeze=False).flat, kinds, strict=True):
+        _curves(axis, curves[curves["kind"] == kind])
+        axis.set_title(f"{kind} atoms", loc="left", fontsize=10)
+    drawn.axes[0].set_ylabel("accumulated share of energy")
+    drawn.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    return drawn
+
+
+def _curves(axis: "Axes", curves: "pd.DataFrame") -> None:
+    for label, name, colour in CLASSES:
+        own = curves[curves["label"] == label]
+        axis.fill_between(own["point"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
+        axis.plot(own["point"], own["mean"], color=colour, lw=1.5, label=f"{name} ({own['graphs'].iloc[0]} graphs)")
+    axis.set_xlabel("eigenvalue of the normalised Laplacian")
+    axis.set_xlim(0, 2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _areas(axis: "Axes", results: "pd.DataFrame", order: "list[str] | None" = None) -> None:
+    arms = order or list(dict.fromkeys(results["arm"]))
+    for place, arm in enumerate(arms):
+        own = results[results["arm"] == arm]["auc"]
+        colour = COLOURS.get(arm.replace(":", ",").split(",")[0].split(" ")[0], "0.25")
+        if len(own):
+            axis.plot(own, [place] * len(own), "o", ms=3.5, color=colour)
+            axis.plot([own.mean()] * 2, [place - 0.3, place + 0.3], color=colour, lw=1.8)
+    axis.set_yticks(range(len(arms)), arms, fontsize=8)
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_xlabel("test AUC")
+    axis.grid(axis="x", color="0.92")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

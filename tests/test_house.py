@@ -95,7 +95,7 @@ def test_importing_a_floor_starts_nothing(floor: str, tmp_path: Path) -> None:
     """No thread, no Ray, no registry, no change of the environment; and the library knows neither Ray nor a server."""
     code = """
 import importlib, os, pkgutil, sys, threading
-import torch, transformers  # whatever they do is theirs
+import sklearn, torch, transformers  # whatever they do is theirs
 before = dict(os.environ)
 package = importlib.import_module(sys.argv[1])
 for module in pkgutil.walk_packages(package.__path__, f"{sys.argv[1]}."):
@@ -140,7 +140,7 @@ def test_no_file_names_a_place_outside_the_repository() -> None:
 def test_tables_say_what_there_is() -> None:
     assert {name: job_class(name).job for name in JOBS} == {name: name for name in JOBS}
     assert SEARCHES.keys() == SPACES.keys()
-    named = {entry.method for entry in JOBS.values()} | {endpoint.kind for endpoint in ENDPOINTS.values()}
+    named = {entry.method for entry in JOBS.values()} | {endpoint.model for endpoint in ENDPOINTS.values()}
     assert named | SEARCHES.keys() | REPRODUCTIONS.keys() == METHODS.keys()
     for method in METHODS:  # a method has the same name on every floor
         assert (ROOT / "library" / method / "README.md").is_file()

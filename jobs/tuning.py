@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, create_model, model_validator
 
@@ -22,6 +22,7 @@ from jobs import job_class
 from jobs.job import Job
 from jobs.pareto import kept_of_front
 from jobs.report import Report
+from jobs.spaces import SPACES
 from jobs.training import TrainingJob
 from jobs.workers import check_room
 from library import files
@@ -35,33 +36,6 @@ RECORD = "search.json"
 REFERENCE = "reference.json"
 PREPARED = "prepared.json"
 BEST = "best.json"
-
-
-class SearchEntry(NamedTuple):
-    """Where a search is found: the module with its `space(recipe)`, and the name of the job that it varies.
-
-    A search that no single training job stands behind has a job of its `own`, named as in `jobs.JOBS`.
-    """
-
-    module: str
-    job: str
-    own: str | None = None
-
-    def of(self, job: TrainingJob) -> Space:
-        """The space for a job, whose ranges may depend on the recipe. Raises InputError for paths that do not fit."""
-        space: Space = import_module(self.module).space(job.recipe)
-        _check_paths(space, job)
-        return space
-
-
-SPACES: dict[str, SearchEntry] = {
-    "send": SearchEntry("tune_spaces.send", "send"),
-    "hawq": SearchEntry("tune_spaces.hawq", "hawq"),
-    "farms": SearchEntry("tune_spaces.farms", "farms-balance"),
-    "spe": SearchEntry("tune_spaces.spe", "spe"),
-    "rqgnn": SearchEntry("tune_spaces.rqgnn", "rqgnn"),
-    "qrc": SearchEntry("tune_spaces.qrc", "qrc", own="jobs.qrc_search:QrcSearch"),
-}
 
 
 class TuneJob(Job, frozen=True, extra="forbid"):
@@ -318,17 +292,6 @@ def best_trial(space: Space, records: list["TrialRecord"]) -> "TrialRecord | Non
         key=lambda record: (record.last["excess"] > 0, sign * record.last["objective"], record.number),
         default=None,
     )
-
-
-def _check_paths(space: Space, base: TrainingJob) -> None:
-    """Raise InputError for a path that the job does not have."""
-    from jobs.trial import changed
-
-    examples = {path: domain.example for path, domain in space.varies.items()}
-    changed(base, examples | dict(space.limit.reference if space.limit else {}))
-    for settings in space.baselines.values():
-        for values in settings:
-            changed(base, values)
 
 
 def _reference(space: Space, base: TrainingJob, folder: str) -> dict[int, float]:

@@ -20,7 +20,8 @@ import prism
 from jobs import JOBS, METHODS, SEARCHES, flags, job_class
 from jobs.commands import RunOptions
 from jobs.reproduce import REPRODUCTIONS, reproduction_class
-from jobs.tuning import SPACES, tune_job
+from jobs.spaces import SPACES
+from jobs.tuning import tune_job
 from library.errors import InputError
 from serving.app import ENDPOINTS
 

@@ -18,8 +18,9 @@ from cluster.connection import ROOT
 from jobs import flags, search, tuning
 from jobs.search import Journal, JournalSearcher, TrialRecord, draw, scheduler
 from jobs.send import SendJob
+from jobs.spaces import SearchEntry
 from jobs.trial import Evaluation, changed, scored
-from jobs.tuning import SearchEntry, TuneJob, best_trial, tune_job
+from jobs.tuning import TuneJob, best_trial, tune_job
 from library.artifact import open_artifact
 from library.errors import InputError
 from library.recipe import fit

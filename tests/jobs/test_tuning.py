@@ -90,7 +90,7 @@ import jobs
 from cluster import connect
 from jobs import tuning
 from tests.jobs.test_tuning import toy_tune
-tuning.SPACES["toy"] = tuning.SearchEntry("tests.jobs.toy_space", "toy")
+tuning.SPACES["toy"] = spaces.SearchEntry("tests.jobs.toy_space", "toy")
 jobs.JOBS["toy"] = jobs.JobEntry("toy", "tests.jobs.toy:ToyJob", "a toy")
 connect({ray_cluster.address!r}, ship=False)
 base = {{"recipe": {{"steps": 18, "samples": 32, "slow": 0.3}}, "checkpoint_every": 2, "evaluate_every": 2}}

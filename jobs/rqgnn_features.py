@@ -1,5 +1,6 @@
 """Rayleigh features of any number of graphs, streamed through Ray Data from Parquet into Parquet."""
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from library.rqgnn.data import GraphData
+    from library.spectral import Graphs
 
+KINDS = "_kinds.json"  # readers of Parquet folders pass over names that begin so
 NAMED_BLOCK = 2048  # graphs of a named set in a block
 
 
 class RqgnnFeaturesJob(Job, frozen=True, extra="forbid"):
     """Compute x^T L x, x^T x and their quotient for every kind of node of every graph, into Parquet files.
+
+    The columns energies, squares and quotients are lists with an entry per kind, in the order of `_kinds.json`.
 
     Each input row is a graph: `num_nodes`, `edges` (a list of pairs of node numbers from 0, each edge once), and
     `kinds` (a list of texts, one per node). Other columns are kept. A row whose graph is malformed keeps its place,
@@ -67,11 +72,14 @@ class RqgnnFeaturesJob(Job, frozen=True, extra="forbid"):
         found = graphs.map_batches(
             compute, batch_size=self.batch_graphs, batch_format="pyarrow", concurrency=self.concurrency
         )
+        names = json.dumps(list(kinds)).encode()
         if local is None:
             _write(found, self.out)
+            storage.write_bytes(storage.join(self.out, KINDS), names)
         else:
             with files.atomic_folder(local) as folder:
                 _write(found, str(folder))
+                (folder / KINDS).write_bytes(names)
         rows, faults = _counts(self.out)
         report = Report(
             job=self.job,
@@ -142,29 +150,18 @@ def graph_features(batch: "pa.Table", *, kinds: tuple[str, ...], eigenvalues: bo
     import pyarrow as pa
     import torch
 
-    from library.spectral import Graphs, eigenpairs, one_hot_rayleigh_terms
+    from library.spectral import eigenpairs, one_hot_rayleigh_terms
     from library.spectral.graph_laplacians import quotients
 
     known = {kind: place for place, kind in enumerate(kinds)}
-    rows = zip(*(batch[name].to_pylist() for name in ("num_nodes", "edges", "kinds")), strict=True)
-    built, faults = [], []
-    for size, edges, own in rows:
-        try:
-            if size is None or edges is None or own is None:
-                raise InputError("num_nodes, edges and kinds must not be null")
-            if len(own) != size:
-                raise InputError(f"{size} nodes have {len(own)} kinds")
-            pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).mT
-            built.append((Graphs.from_edges([size], pairs), [known.get(kind, len(kinds)) for kind in own]))
-            faults.append(None)
-        except (InputError, ValueError, RuntimeError, TypeError) as error:
-            faults.append(_first_line(error))
+    rows = list(zip(*(batch[name].to_pylist() for name in ("num_nodes", "edges", "kinds")), strict=True))
+    graphs, faults = _built(rows)
     good = [fault is None for fault in faults]
     columns: dict[str, list[Any]] = {name: [None] * len(faults) for name in ("num_edges", "energies", "squares")}
     columns |= {name: [None] * len(faults) for name in ("quotients", *(["eigenvalues"] if eigenvalues else []))}
-    if built:
-        graphs = Graphs.concatenate([graph for graph, _ in built])
-        numbers = torch.tensor([number for _, own in built for number in own])
+    if graphs is not None:
+        own = [kind for (_, _, row), fine in zip(rows, good, strict=True) if fine for kind in row]
+        numbers = torch.tensor([known.get(kind, len(kinds)) for kind in own])
         energies, squares = (part[:, :-1] for part in one_hot_rayleigh_terms(graphs, numbers, len(kinds) + 1))
         found = {
             "num_edges": graphs.edge_counts.tolist(),
@@ -182,6 +179,39 @@ def graph_features(batch: "pa.Table", *, kinds: tuple[str, ...], eigenvalues: bo
     for name, values in columns.items():
         batch = _with_column(batch, name, pa.array(values, types[name]))
     return _with_column(batch, "fault", pa.array(faults, pa.string()))
+
+
+def _built(rows: "list[tuple[int | None, list | None, list | None]]") -> "tuple[Graphs | None, list[str | None]]":
+    """The graphs of the rows that are in order (None when none is), and what is wrong with each of the others."""
+    from library.spectral import Graphs
+
+    try:  # all at once, which is what usually goes well
+        return _graphs_of(rows), [None] * len(rows)
+    except (InputError, ValueError, RuntimeError, TypeError):
+        built: list[Graphs] = []
+        faults: list[str | None] = []
+        for row in rows:
+            try:
+                built.append(_graphs_of([row]))
+                faults.append(None)
+            except (InputError, ValueError, RuntimeError, TypeError) as error:
+                faults.append(_first_line(error))
+    return (Graphs.concatenate(built) if built else None), faults
+
+
+def _graphs_of(rows: "list[tuple[int | None, list | None, list | None]]") -> "Graphs":
+    """The rows as graphs. Raises InputError for the first that is not in order."""
+    import torch
+
+    from library.spectral import Graphs
+
+    for size, edges, kinds in rows:
+        if size is None or edges is None or kinds is None:
+            raise InputError("num_nodes, edges and kinds must not be null")
+        if len(kinds) != size:
+            raise InputError(f"{size} nodes have {len(kinds)} kinds")
+    pairs = torch.tensor([pair for _, edges, _ in rows for pair in edges], dtype=torch.int64).reshape(-1, 2).mT
+    return Graphs.from_edges([size for size, _, _ in rows], pairs, edge_counts=[len(edges) for _, edges, _ in rows])
 
 
 def _with_column(table: "pa.Table", name: str, values: Any) -> "pa.Table":

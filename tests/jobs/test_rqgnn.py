@@ -1,5 +1,6 @@
 """RQGNN on Ray: two workers train what one does, the report is of the test graphs, features stream into Parquet."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -68,6 +69,10 @@ def test_features_of_a_set_and_of_files_are_the_librarys(ray_cluster, tmp_path) 
     energies, squares = one_hot_rayleigh_terms(data.graphs, data.kinds, len(data.vocabulary))
     totals = torch.bincount(data.kinds)
     assert report.metrics["kinds"] == int((totals > 0).sum())
+    names = json.loads((tmp_path / "named" / "_kinds.json").read_text())
+    place = names.index("N")
+    nitrogen = energies[:, data.vocabulary.index("N")]
+    assert frame["energies"].map(lambda row: row[place]).sum() == pytest.approx(float(nitrogen.sum()))
     frame["total"] = frame["squares"].map(sum)
     assert float(frame["total"].sum()) == data.graphs.num_nodes
     assert frame["energies"].map(sum).sum() == pytest.approx(float(energies.sum()))

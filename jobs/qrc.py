@@ -22,7 +22,6 @@ from library.qrc.schema import MEASURED, SIMULATED, Schema
 from library.qrc.series import mean_rates, read_table
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -91,6 +90,8 @@ class QrcJob(Job, frozen=True, extra="forbid"):
         """
         import pandas as pd
 
+        from library.qrc.spectra import about, time_scales
+
         began = time.monotonic()
         material = self.material()
         connect()
@@ -105,15 +106,17 @@ class QrcJob(Job, frozen=True, extra="forbid"):
         if len(table) > 1:
             metrics |= {f"{name}_sd": float(table[name].std()) for name in ("validation_nrmse", "test_nrmse")}
         metrics |= {"best_seed": float(best), "best_test_nrmse": own["test_nrmse"]} | self._baselines(material)
+        scales = time_scales(model.reservoir_, model.driving(material.parts["train"][0]))
         report = Report(
             job=self.job,
             config=self.record(),
             metrics=metrics,
-            tables={"seeds": table, "reservoirs": reservoirs_table(model, material)},
-            figures={"test": test_figure(model, material, self.level)},
+            tables={"seeds": table, "reservoirs": pd.DataFrame(scales)},
+            figures={"test": sample_figure(model, material, self.level)},
             notes=material.notes,
         )
-        report.artifact = self._keep(model, material, best, own, folder)
+        told = about(material.schema, scales) | {"recipe": self.recipe.model_dump(mode="json"), "seed": best}
+        report.artifact = _keep(model, own, material.fingerprint, told, folder)
         report.register(self.register_as or "qrc", champion=self.champion)
         report.seconds = time.monotonic() - began
         if storage.is_local(folder):
@@ -200,21 +203,20 @@ class QrcJob(Job, frozen=True, extra="forbid"):
         storage.write_bytes(storage.join(folder, RECORD), json.dumps(self.record(), indent=1).encode())
         return folder
 
-    def _keep(
-        self, model: "Forecaster", material: Material, seed: int, metrics: Mapping[str, float], folder: str
-    ) -> str:
-        from library.qrc.spectra import about
-        from library.qrc.trained import save_forecaster
 
-        told = about(model.reservoir_, material.schema, model.driving(material.parts["train"][0]))
-        told |= {"recipe": self.recipe.model_dump(mode="json"), "seed": seed}
-        target = storage.join(folder, "artifact")
-        with files.scratch_folder() as scratch:
-            local = storage.local_path(target) if storage.is_local(target) else scratch / "artifact"
-            save_forecaster(model, local, metrics=dict(metrics), data=material.fingerprint, about=told)
-            if not storage.is_local(target):
-                storage.upload_folder(local, target, last="artifact.json")
-        return target
+def _keep(
+    model: "Forecaster", metrics: Mapping[str, float], fingerprint: str, about: Mapping[str, Any], folder: str
+) -> str:
+    """Write the artifact into the run's folder, wherever that is."""
+    from library.qrc.trained import save_forecaster
+
+    target = storage.join(folder, "artifact")
+    with files.scratch_folder() as scratch:
+        local = storage.local_path(target) if storage.is_local(target) else scratch / "artifact"
+        save_forecaster(model, local, metrics=dict(metrics), data=fingerprint, about=dict(about))
+        if not storage.is_local(target):
+            storage.upload_folder(local, target, last="artifact.json")
+    return target
 
 
 def _from_tables(places: tuple[str, ...], inputs: tuple[str, ...]) -> Material:
@@ -337,17 +339,7 @@ def _dose_response(task: Nowcast, rates: "Tensor") -> dict[str, float]:
     return {"simulated_loss_g_m2": float(loss_from_rates(rates[0])[-1]), "iso9223_loss_g_m2": float(standard)}
 
 
-def reservoirs_table(model: "Forecaster", material: Material) -> "pd.DataFrame":
-    """A row per reservoir: what it is, and the time scales of its step over the inputs of training."""
-    import pandas as pd
-
-    from library.qrc.spectra import time_scales
-
-    rows = time_scales(model.reservoir_, model.driving(material.parts["train"][0]))
-    return pd.DataFrame(rows)
-
-
-def test_figure(model: "Forecaster", material: Material, level: float) -> "Figure":
+def sample_figure(model: "Forecaster", material: Material, level: float) -> "Figure":
     """A stretch of the first test series with its prediction and interval."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -371,11 +363,19 @@ def test_figure(model: "Forecaster", material: Material, level: float) -> "Figur
         assert target is not None
         begin = max(0, len(x[0]) - 500)
         hours = np.arange(begin, len(x[0])) * material.schema.step
-        predicted, ends = model.predict(x)[0][begin:, 0], model.predict_interval(x, level)
+        predicted = model.predict(x[:1])[0][begin:, 0]
+        ends = model.residuals_.quantiles([(1 - level) / 2, (1 + level) / 2])[:, 0].tolist()
         axis.plot(hours, y[0][begin:, 0], color="0.3", lw=1.0, label="simulated" if target.simulated else "measured")
         axis.plot(hours, predicted, color="#D55E00", lw=1.2, label="predicted")
-        lower, upper = (end[0][begin:, 0] for end in ends)
-        axis.fill_between(hours, lower, upper, color="#D55E00", alpha=0.2, lw=0, label=f"{level:.0%} interval")
+        axis.fill_between(
+            hours,
+            predicted + ends[0],
+            predicted + ends[1],
+            color="#D55E00",
+            alpha=0.2,
+            lw=0,
+            label=f"{level:.0%} interval",
+        )
         shown = f"log10 of {target.name}, {target.unit}" if target.logarithmic else f"{target.name}, {target.unit}"
         axis.set(xlabel="hours", ylabel=shown)
     axis.spines[["top", "right"]].set_visible(False)

@@ -34,6 +34,7 @@ REPRODUCTIONS = {
     "hawq": "jobs.hawq_reproduction:HawqReproduction",
     "hessian": "jobs.hessian_reproduction:HessianReproduction",
     "farms": "jobs.farms_reproduction:FarmsReproduction",
+    "qrc": "jobs.qrc_reproduction:QrcReproduction",
     "rqgnn": "jobs.rqgnn_reproduction:RqgnnReproduction",
 }
 

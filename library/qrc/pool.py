@@ -10,7 +10,7 @@ from torch import Tensor
 from library.errors import InputError
 from library.qrc.hybrid import Member, drive_members
 from library.qrc.nowcast import Nowcast
-from library.qrc.readout import ALPHAS, Moments, checked_alphas
+from library.qrc.readout import ALPHAS, RANK, Moments, checked_alphas
 
 CLIP = (0.0, 1.2)  # of inputs scaled by their range in training
 
@@ -37,10 +37,14 @@ def parts_of(task: Nowcast, names: Sequence[str] = ("train", "validation", "test
 
 @dataclass(frozen=True)
 class Fitted:
-    """Of each reservoir: the validation NRMSE (reservoirs,), averaged over places and outputs, and alpha with it."""
+    """Of each reservoir: the validation NRMSE (reservoirs,), averaged over places and outputs, and alpha with it.
+
+    `predictions` are those of the test features with that alpha, (places, hours, outputs) each; empty without any.
+    """
 
     errors: Tensor
     alphas: Tensor
+    predictions: list[Tensor]
 
 
 def fit_pool(
@@ -50,11 +54,13 @@ def fit_pool(
     *,
     washout: int,
     alphas: Sequence[float] = ALPHAS,
+    test: Sequence[Tensor] = (),
 ) -> Fitted:
     """Ridge read-outs of many reservoirs, those of equal width as one batch, alpha by the validation error.
 
     train, validation   per reservoir features (places, hours, width)
     targets             of both, (places, hours, outputs)
+    test                features of other series, which are predicted and take no part in any choice
 
     Raises InputError for a washout that leaves nothing, and a constant validation target.
     """
@@ -62,6 +68,7 @@ def fit_pool(
         raise InputError(f"washout {washout} leaves nothing of {targets[0].shape[1]} hours")
     errors = torch.empty(len(train), dtype=torch.float64)
     chosen = torch.empty(len(train), dtype=torch.float64)
+    predictions: list[Tensor] = [train[0]] * len(test)
     wanted, checked = (part[:, washout:].to(torch.float64) for part in targets)
     deviation = checked.std(1, correction=0)  # (places, outputs)
     if (deviation <= 0).any():
@@ -81,7 +88,10 @@ def fit_pool(
         best = scores.argmin(1)
         errors[places] = scores.gather(1, best[:, None])[:, 0].cpu()
         chosen[places] = grid[best].cpu()
-    return Fitted(errors, chosen)
+        for place, own, number, middle in zip(places, weights, best.tolist(), mean, strict=True):
+            if test:
+                predictions[place] = (test[place].to(torch.float64) - middle) @ own[number] + centre
+    return Fitted(errors, chosen, predictions)
 
 
 def _weights(x: Tensor, y: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,22 +102,32 @@ def _weights(x: Tensor, y: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tens
     scale = x.square().mean(1).sqrt()
     scale = torch.where(scale > 1e-14, scale, torch.inf)
     x = x / scale[:, None]
-    values, vectors = torch.linalg.eigh(x.mT @ x)
-    values = values.clamp(min=0)
-    real = values > 1e-13 * values[:, -1:].clamp(min=1e-300)
-    factor = real[:, None] / (values[:, None] + alphas[:, None] * count).clamp(min=1e-300)
-    along = vectors.mT @ (x.mT @ (y - centre))
-    weights = torch.einsum("bdj,baj,bjo->bado", vectors, factor, along)
+    across, triangle = torch.linalg.qr(x)  # the singular values of the triangle are those of x, to all their digits
+    left, values, right = torch.linalg.svd(triangle, full_matrices=False)
+    real = values > RANK * values[:, :1].clamp(min=1e-300)
+    factor = real[:, None] * values[:, None] / (values[:, None] ** 2 + alphas[:, None] * count).clamp(min=1e-300)
+    along = left.mT @ (across.mT @ (y - centre))
+    weights = torch.einsum("bjd,baj,bjo->bado", right, factor, along)
     return weights / scale[:, None, :, None], mean, centre
 
 
 def features_of(members: Sequence[Member], parts: Mapping[str, Part]) -> dict[str, list[Tensor]]:
-    """Features (places, hours, width) of each member, by part; all places of all parts go in one batch."""
-    together = torch.cat([part.inputs for part in parts.values()])
-    sizes = [len(part.inputs) for part in parts.values()]
-    features, _ = drive_members(members, together)
-    split = [each.split(sizes) for each in features]
-    return {name: [each[place] for each in split] for place, name in enumerate(parts)}
+    """Features (places, hours, width) of each member, by part; all places of all parts go in one batch.
+
+    Parts of fewer hours are filled up at their end, which changes no feature before it.
+    """
+    longest = max(part.inputs.shape[1] for part in parts.values())
+    filled = [_filled(part.inputs, longest) for part in parts.values()]
+    features, _ = drive_members(members, torch.cat(filled))
+    split = [each.split([len(part) for part in filled]) for each in features]
+    return {
+        name: [each[place][:, : part.inputs.shape[1]] for each in split]
+        for place, (name, part) in enumerate(parts.items())
+    }
+
+
+def _filled(inputs: Tensor, hours: int) -> Tensor:
+    return torch.cat([inputs, inputs[:, -1:].expand(-1, hours - inputs.shape[1], -1)], 1)
 
 
 def joint_moments(

@@ -39,12 +39,13 @@ def forward_selection(
     *,
     most: int,
     alphas: Sequence[float] = (1e-8, 1e-6, 1e-4, 1e-2),
-    start: Sequence[int] = (),
+    costs: Sequence[Sequence[float]] = (),
+    limits: Sequence[float] = (),
 ) -> list[Step]:
     """The best block, then the best beside it, and so on, `most` of them or fewer when no further one helps.
 
     blocks  columns of the features that belong to each candidate
-    start   blocks that are chosen already; no step is reported for them
+    costs   what each candidate takes of each of `limits`; a choice stays within all of them
 
     Raises InputError without candidates or validation sets, and for a validation target that is constant.
     """
@@ -54,11 +55,15 @@ def forward_selection(
     if (grid <= 0).any():
         raise InputError("alphas: the choice among collinear candidates needs alphas above 0")
     problem = _Problem(train, validation, [torch.as_tensor(list(block)) for block in blocks])
-    chosen, steps = list(start), []
+    taken = torch.tensor(costs, dtype=torch.float64).reshape(len(blocks), len(limits)) if limits else None
+    chosen: list[int] = []
+    steps: list[Step] = []
     best = torch.inf
     while len(steps) < most and len(chosen) < len(blocks):
         errors = torch.stack([problem.errors(chosen, float(alpha)) for alpha in grid])  # (alphas, candidates)
         errors[:, chosen] = torch.inf
+        if taken is not None:
+            errors[:, (taken[chosen].sum(0) + taken > torch.tensor(limits)).any(1)] = torch.inf
         place = int(errors.argmin())
         error, number = float(errors.flatten()[place]), place % len(blocks)
         if not error < best:

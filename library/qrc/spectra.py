@@ -1,6 +1,7 @@
 """The time scales of whatever a hybrid is made of, as rows of a table."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,16 @@ from library.qrc.schema import Schema
 from library.qrc.shots import SampledReservoir
 
 
-def about(reservoir: HybridReservoir, schema: Schema, inputs: Tensor) -> dict[str, Any]:
-    """What an artifact says of its series and its reservoirs' time scales, as JSON values; NaN is null."""
+def about(schema: Schema, scales: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an artifact says of its series, and of its reservoirs by `time_scales`: JSON values, NaN is null."""
     rows = [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        for row in time_scales(reservoir, inputs)
+        for row in scales
     ]
     return {"series": schema.model_dump(mode="json"), "time_scales": rows}
 
 
-def time_scales(reservoir: HybridReservoir, inputs: Tensor, *, most: int = 32) -> list[dict[str, Any]]:
+def time_scales(reservoir: HybridReservoir, inputs: Tensor, *, most: int = 8) -> list[dict[str, Any]]:
     """A row for each member and the layer: longest time scale at the mean input and its range over inputs, annulus.
 
     inputs  (series, time, channels) as the reservoir sees them; up to `most` of them, evenly spaced, are looked at

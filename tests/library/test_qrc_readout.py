@@ -139,6 +139,10 @@ def test_greedy_choice_from_moments_is_the_one_by_refitting():
         assert (step.candidate, step.alpha) == best
         assert step.error == pytest.approx(tried[best], rel=1e-9)
         chosen.append(step.candidate)
+    frugal = forward_selection(
+        Moments.of(x, y), [Moments.of(*part) for part in tests], blocks, most=4, costs=[[2]] * 5, limits=[5]
+    )
+    assert len(frugal) == 2
     assert [step.error for step in steps] == sorted((step.error for step in steps), reverse=True)
 
 

@@ -17,7 +17,7 @@ from library.qrc.hybrid import HybridReservoir
 from library.qrc.nowcast import FLOOR, Nowcast
 from library.qrc.recipe import QrcRecipe
 from library.qrc.schema import SIMULATED, Schema
-from library.qrc.spectra import about
+from library.qrc.spectra import about, time_scales
 from library.qrc.tasks import mackey_glass
 from library.qrc.trained import load_forecaster, save_forecaster
 from serving.app import Served, serve_endpoints
@@ -33,7 +33,8 @@ def artifact(tmp_path_factory) -> Artifact:
     model = QrcRecipe(qubits=(3,), sigma=(0.3, 1.0), units=8, washout=60).forecaster(closed_loop=True)
     x, y = TASK.series(("EWR",))
     model.fit(x, y, validation=TASK.series(("LGA",)))
-    told = about(model.reservoir_, Schema(inputs=INPUTS, step=1.0, target=SIMULATED), model.driving(x))
+    scales = time_scales(model.reservoir_, model.driving(x))
+    told = about(Schema(inputs=INPUTS, step=1.0, target=SIMULATED), scales)
     return save_forecaster(model, tmp_path_factory.mktemp("qrc") / "a", metrics={}, data="none", about=told)
 
 
@@ -205,7 +206,7 @@ def test_any_other_fitted_series_is_forecast_from_itself(tmp_path):
     wave = mackey_glass(900)[0].numpy()
     reservoir = HybridReservoir(members=(EchoState(units=60, leak=0.8, input_scale=1.0),))
     model = Forecaster(reservoir).fit(wave[:800, None])
-    told = about(model.reservoir_, Schema(inputs=("flow",), step=0.5), model.driving(wave[:800, None]))
+    told = about(Schema(inputs=("flow",), step=0.5), time_scales(model.reservoir_, model.driving(wave[:800, None])))
     saved = save_forecaster(model, tmp_path / "a", metrics={}, data="none", about=told)
     endpoint = Corrosion.load(saved, "cpu")
     series = [{"time": [0.5 * i for i in range(200)], "inputs": {"flow": wave[600:800].tolist()}}]

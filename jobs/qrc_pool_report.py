@@ -1,0 +1,64 @@
+"""Pictures of searches for reservoirs: every configuration's error against what varied."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jobs.qrc_trials import Evaluated
+from tune_spaces.qrc import pool, reservoir
+from tune_spaces.space import Choice, Real
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+BEST = 64  # configurations that are drawn in colour
+
+
+def pool_table(trials: Sequence[Evaluated], hours: int) -> "pd.DataFrame":
+    """A row per configuration, the best first: its error, the hours that it saw, its memory, and what it is."""
+    import pandas as pd
+
+    rows = []
+    for trial in trials:
+        seen = max(trial.errors)
+        member = reservoir(trial.values)
+        row = {"validation_nrmse": trial.errors[seen], "hours": seen} | trial.about | trial.values
+        rows.append(row | {"features": member.width, "cx_per_step": member.cx_per_step})
+    return pd.DataFrame(rows).sort_values(["hours", "validation_nrmse"], ascending=[False, True], ignore_index=True)
+
+
+def pool_figure(trials: Sequence[Evaluated], hours: int) -> "Figure":
+    """A panel per field: validation NRMSE of the configurations that saw the whole series, the best in colour."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    varies = pool()
+    ended = sorted((trial for trial in trials if hours in trial.errors), key=lambda trial: trial.errors[hours])
+    errors = [trial.errors[hours] for trial in ended]
+    drawn = Figure(figsize=(12.0, 5.2), layout="constrained")
+    jitter = np.random.default_rng(0).uniform(-0.25, 0.25, len(ended))
+    for axis, (name, domain) in zip(drawn.subplots(2, 5, sharey=True).flat, varies.items(), strict=True):
+        values = [trial.values[name] for trial in ended]
+        if isinstance(domain, Choice):
+            options = sorted(set(map(str, values)))
+            values = [options.index(str(value)) + shift for value, shift in zip(values, jitter, strict=True)]
+            slanted = {"rotation": 60} if len(options) > 4 else {}
+            axis.set_xticks(
+                range(len(options)), [option.replace("persistent", "persist.") for option in options], **slanted
+            )
+        elif isinstance(domain, Real):
+            if domain.log:
+                axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_xlim(domain.low, domain.high)
+        else:
+            axis.set_xticks(range(domain.low, domain.high + 1))
+        axis.scatter(values[BEST:], errors[BEST:], s=6, color="0.8")
+        axis.scatter(values[:BEST], errors[:BEST], s=9, color="#D55E00")
+        axis.set_xlabel(name, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in drawn.axes[::5]:
+        axis.set_ylabel("validation NRMSE", fontsize=9)
+    return drawn

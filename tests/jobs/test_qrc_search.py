@@ -1,0 +1,178 @@
+"""`prism tune qrc` for real: both stages, its limits, and a driver that is killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from safetensors.torch import load
+
+from cluster.connection import ROOT
+from jobs import flags
+from jobs.qrc import QrcJob
+from jobs.qrc_search import QrcSearch
+from jobs.qrc_trials import Batch, Evaluated, Ledger, draw, evaluate_pool, hybrid
+from jobs.tuning import TuneJob, tune_job
+from library.artifact import open_artifact
+from library.errors import InputError, PrismError
+from library.qrc.nowcast import Nowcast
+from library.qrc.pool import fit_pool, parts_of
+from library.qrc.recipe import QrcRecipe
+from tune_spaces.qrc import first_guesses, pool, reservoir
+
+TASK = Nowcast(hours=360)
+
+
+def search(storage: Path, **changes: object) -> QrcSearch:
+    small = {
+        "samples": 2,
+        "batch": 5,
+        "rungs": (150,),
+        "candidates": 4,
+        "members": 2,
+        "refinements": 4,
+        "refine_batch": 2,
+        "most_qubits": 8,
+        "nowcast": TASK,
+        "washout": 40,
+        "fresh_seeds": 1,
+        "storage": str(storage),
+        "name": "s",
+    }
+    return QrcSearch(**(small | changes))
+
+
+def ledger(storage: Path, stage: str) -> Ledger:
+    return Ledger(str(storage / "s" / stage))
+
+
+def test_a_batch_is_halved_and_its_survivors_features_are_kept(tmp_path):
+    values = [{**guess, "size": "3:1"} for guess in first_guesses()]
+    values.append({**values[0], "scale": 1.2})
+    batch = Batch(number=0, trials=[Evaluated(values=each) for each in values])
+    place = str(tmp_path / "features")
+    done = evaluate_pool(batch, TASK, (150,), {150: [0.0]}, 2, 40, place)
+    assert done.state == "finished"
+    ended = [k for k, trial in enumerate(done.trials) if 360 in trial.errors]
+    early = [trial.errors[150] for trial in done.trials]
+    assert len(ended) == 1 == sum(early[k] == min(early) for k in ended)
+    parts = parts_of(TASK, ("train", "validation"))
+    member = reservoir(values[ended[0]])
+    sides = [member.drive(part.inputs)[0] for part in parts.values()]
+    expected = fit_pool([sides[0]], [sides[1]], tuple(part.targets for part in parts.values()), washout=40)
+    assert done.trials[ended[0]].errors[360] == pytest.approx(float(expected.errors), rel=1e-5)
+    kept = load((tmp_path / "features").read_bytes())
+    assert set(kept) == {f"{ended[0]}.train", f"{ended[0]}.validation"}
+    assert (kept[f"{ended[0]}.train"] - sides[0]).abs().max() < 1e-6
+    assert done.trials[ended[0]].about.keys() >= {"tau", "memory_capacity", "mean_delay"}
+
+
+def test_draws_repeat_share_their_structure_and_keep_to_limits(tmp_path):
+    known = Ledger(str(tmp_path))
+    options = {"searcher": "tpe", "seed": 3, "whole": 360, "shared": ("mode", "size", "encoding")}
+    first = draw(pool(), known, 0, 6, first=first_guesses(), **options)
+    assert first[:3] == first_guesses()
+    trials = [Evaluated(values=values, errors={360: abs(values["scale"] - 1)}) for values in first]
+    known.write(Batch(number=0, state="finished", trials=trials))
+    again = Ledger(str(tmp_path))
+    assert again.batches == known.batches
+    second = draw(pool(), known, 1, 6, **options)
+    assert second == draw(pool(), again, 1, 6, **options)
+    assert second != draw(pool(), again, 2, 6, **options)
+    assert len({(v["mode"], v["size"], v["encoding"]) for v in second}) == 1
+    frugal = draw(pool(), known, 1, 6, fits=lambda v: reservoir(v).cx_per_step <= 14, **options | {"shared": ()})
+    assert all(reservoir(values).cx_per_step <= 14 for values in frugal)
+    with pytest.raises(PrismError, match="next to no configuration"):
+        draw(pool(), known, 1, 1, fits=lambda v: False, **options | {"searcher": "random"})
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ready_registry")
+def test_a_search_whose_driver_is_killed_goes_on_and_registers_the_best(tmp_path, ray_cluster):
+    script = f"""
+from pathlib import Path
+from cluster import connect
+from tests.jobs.test_qrc_search import search
+connect({ray_cluster.address!r}, ship=False)
+search(Path({str(tmp_path)!r}), samples=4, concurrent=1).run()
+"""
+    driver = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while True:
+        states = [batch.state for batch in ledger(tmp_path, "pool").batches]
+        if "finished" in states and "running" in states:
+            break
+        assert driver.poll() is None, "the driver ended by itself"
+        assert time.monotonic() < deadline, states
+        time.sleep(0.02)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = {batch.number: batch for batch in ledger(tmp_path, "pool").batches}
+    assert any(batch.state == "running" for batch in before.values())
+
+    report = QrcSearch(resume="s", storage=str(tmp_path), samples=3).run()
+    after = {batch.number: batch for batch in ledger(tmp_path, "pool").batches}
+    assert len(after) == max(3, len(before))
+    for number, batch in before.items():
+        assert [t.values for t in after[number].trials] == [t.values for t in batch.trials]
+        if batch.state == "finished":
+            assert after[number] == batch
+    variants = ledger(tmp_path, "onion").trials
+    assert len(variants) == 4
+    assert variants[0].values["units"] == 0
+    assert variants[0].errors[360] == pytest.approx(report.metrics["greedy_validation_nrmse"], rel=0.05)
+    best = min(variants, key=lambda trial: trial.errors[360])
+    assert report.metrics["refined_validation_nrmse"] == best.errors[360]
+    seeds = report.tables["seeds"].set_index("seed")
+    assert seeds.loc[0, "validation_nrmse"] == pytest.approx(best.errors[360], rel=1e-6)
+    assert report.metrics["test_nrmse"] == seeds.loc[0, "test_nrmse"]
+    assert report.registered == "models:/qrc/1"
+    assert set(report.figures) == {"pool", "test", "spectrum"}
+
+    content = json.loads((tmp_path / "s" / "best.json").read_text())
+    job = flags.from_record(QrcJob, content, source="best.json")
+    assert sum(member.qubits for member in job.recipe.reservoir().members) <= 8
+    assert job.recipe.reservoir() == hybrid(job.recipe.reservoir().members, same(len(job.recipe.qubits), best.values))
+    assert open_artifact(report.artifact, kind="qrc").recipe["time_scales"]
+    assert not list(tmp_path.rglob("*.pkl"))
+
+    again = QrcSearch(resume="s", storage=str(tmp_path)).run()
+    assert {batch.number: batch for batch in ledger(tmp_path, "pool").batches} == after
+    assert again.metrics["refined_validation_nrmse"] == report.metrics["refined_validation_nrmse"]
+
+
+def same(members: int, values: dict) -> dict:
+    """The layer of a variant with members that are left as they are."""
+    changes = {f"{number}.{name}": 1.0 for number in range(members) for name in ("sigma", "feedback", "scale")}
+    return values | changes | {f"{number}.bias": 0.0 for number in range(members)}
+
+
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path):
+    assert tune_job("qrc") is QrcSearch
+    with pytest.raises(ValidationError, match="a job of its own"):
+        TuneJob(space="qrc")
+    for changes, message in (
+        ({"rungs": (400,)}, "below the 360 hours"),
+        ({"most_qubits": 2}, "at least 3"),
+        ({"washout": 200}, "below half"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            search(tmp_path, **changes)
+    with pytest.raises(InputError, match=r"there is no search 'x' at .* it has no searches"):
+        search(tmp_path, resume="x").run()
+    search(tmp_path)._open()
+    with pytest.raises(InputError, match="a search 's' exists"):
+        search(tmp_path)._open()
+    with pytest.raises(InputError, match="was started with other settings"):
+        search(tmp_path, resume="s", batch=9)._open()
+    assert QrcSearch(resume="s", storage=str(tmp_path), samples=7)._open()[0].samples == 7
+
+
+def test_a_recipe_says_what_a_search_finds():
+    members = [reservoir({**guess, "mode": "both", "seed": 5}) for guess in first_guesses()]
+    assert QrcRecipe.of(members, units=0).reservoir().members == tuple(members)

@@ -88,9 +88,9 @@ def test_a_search_whose_driver_is_killed_goes_on_without_repeating(tmp_path, ray
     script = f"""
 import jobs
 from cluster import connect
-from jobs import tuning
+from jobs import spaces
 from tests.jobs.test_tuning import toy_tune
-tuning.SPACES["toy"] = spaces.SearchEntry("tests.jobs.toy_space", "toy")
+spaces.SPACES["toy"] = spaces.SearchEntry("tests.jobs.toy_space", "toy")
 jobs.JOBS["toy"] = jobs.JobEntry("toy", "tests.jobs.toy:ToyJob", "a toy")
 connect({ray_cluster.address!r}, ship=False)
 base = {{"recipe": {{"steps": 18, "samples": 32, "slow": 0.3}}, "checkpoint_every": 2, "evaluate_every": 2}}

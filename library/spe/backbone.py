@@ -25,7 +25,7 @@ class GineLayer(nn.Module):
 
     def __init__(self, edges: nn.Module | None, position: Perceptron | None, mlp: Perceptron) -> None:
         super().__init__()
-        self.eps = nn.Parameter(torch.randn(()))
+        self.eps = nn.Parameter(torch.randn(1))
         self.edges, self.position, self.mlp = edges, position, mlp
 
     def forward(self, x: Tensor, batch: SpeBatch, encodings: Tensor | None, distances: Tensor | None) -> Tensor:

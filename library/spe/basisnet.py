@@ -51,13 +51,13 @@ class InvariantNet(nn.Module):
         """Contractions (spaces, s, 5) and the nodes' masks (spaces, s), to (spaces, s, multiplicity)."""
         weights = [mask.flatten() for mask in masks]
         rows = [F.relu(x @ self.contractions + self.contraction_bias) for x in stacks]
-        rows = self.norms[0].over(rows, weights)
+        rows = self.norms[0](rows, weights)
         for place, (own, mean, bias) in enumerate(zip(self.own, self.mean, self.biases, strict=True), 1):
             rows = [
                 F.relu(x @ own + ((mask[:, None] @ x) / mask.sum(1)[:, None, None]) @ mean + bias)
                 for x, mask in zip(rows, masks, strict=True)
             ]
-            rows = self.norms[place].over(rows, weights)
+            rows = self.norms[place](rows, weights)
         return [self.last(F.relu(self.first(x))) for x in rows]
 
 
@@ -82,7 +82,7 @@ class BasisNet(nn.Module):
                 f"an eigenspace has {largest} dimensions, BasisNet has networks for up to {len(self.nets)}; raise "
                 "encoding.multiplicities"
             )
-        for size in range(1, largest + 1):
+        for size in range(1, (len(self.nets) if self.training and not self.released else largest) + 1):
             self._fill(outputs, spaces, size)
         if self.released:
             outputs = [
@@ -104,8 +104,9 @@ class BasisNet(nn.Module):
         """Write what the network of one multiplicity gives into the slots of its eigenspaces."""
         chosen = [(found.sizes == size).nonzero() for found in spaces]
         present = [place for place, pairs in enumerate(chosen) if len(pairs)]
-        if not present:
+        if not present and (self.released or not self.training):
             return
+        present = present or [0]  # in training every network takes part on every worker, with nothing if need be
         stacks = [spaces[p].contractions[chosen[p][:, 0], :, chosen[p][:, 1]] for p in present]
         masks = [spaces[p].mask[chosen[p][:, 0]] for p in present]
         if self.released:

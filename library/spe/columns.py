@@ -52,7 +52,7 @@ class GinLayer(nn.Module):
 
     def __init__(self, mlp: Perceptron) -> None:
         super().__init__()
-        self.eps = nn.Parameter(torch.randn(()))
+        self.eps = nn.Parameter(torch.randn(1))
         self.mlp = mlp
 
     def matrix(self, adjacency: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ColumnGin(nn.Module):
             before, linear = self.layers[place].mlp.last, layer.mlp.hidden[0]
             weight, bias = linear.weight, None
             if self.between is not None:
-                rows = self.between[place].over([before(x) for x in rows], weights)
+                rows = self.between[place]([before(x) for x in rows], weights)
             else:
                 weight, bias = weight @ before.weight, linear.weight @ before.bias
             rows = [

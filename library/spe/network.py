@@ -62,8 +62,9 @@ class GraphNetwork(nn.Module):
         self.nodes = (
             nn.Embedding(schema.node_types, hidden) if schema.node_types else nn.Linear(schema.node_features, hidden)
         )
-        self.encoder = make_encoder(encoding, dropout)
-        joined = self.encoder is not None and not self.peg
+        encoder = make_encoder(encoding, dropout)
+        self.encoders = nn.ModuleList([] if encoder is None else [encoder])  # one block to an engine that shards blocks
+        joined = encoder is not None and not self.peg
         self.join = nn.Linear(encoding.out, hidden) if joined else None
         self.mix = nn.Linear(2 * hidden, hidden) if joined and backbone.join == "concat" else None
         inner = backbone.mlp_hidden or hidden
@@ -83,6 +84,11 @@ class GraphNetwork(nn.Module):
         self.head = perceptron(hidden, len(schema.targets))
         self.register_buffer("centre", torch.zeros(len(schema.targets)))
         self.register_buffer("scale", torch.ones(len(schema.targets)))
+
+    @property
+    def encoder(self) -> nn.Module | None:
+        """What encodes nodes; None for method none."""
+        return self.encoders[0] if len(self.encoders) else None
 
     def encode(self, batch: SpeBatch) -> Tensor | None:
         """Encodings (N, p), or None for method none."""

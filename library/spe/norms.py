@@ -34,7 +34,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
 
-    def over(self, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def forward(self, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The normalised tensors, each (..., width); `weights` are one tensor (rows,) for each of them."""
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + EPSILON)
@@ -45,6 +45,8 @@ class BatchNorm(nn.Module):
         flat = [x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) for x in rows]
         known = weights or [x.new_ones(len(x)) for x in flat]
         total = collective.differentiable_sum(torch.stack([w.sum() for w in known]).sum())
+        if not any(len(x) for x in flat) and not float(total):  # nothing anywhere, but its weights take part
+            return [torch.addcmul(self.bias, x, self.weight) for x in rows]
         self._require_rows(float(total))
         mean = collective.differentiable_sum(sum(w @ x for w, x in zip(known, flat, strict=True))) / total
         centred = [x - mean for x in flat]
@@ -54,9 +56,6 @@ class BatchNorm(nn.Module):
         self._follow(mean, variance * (total / (total - 1)))
         scale = self.weight * torch.rsqrt(variance + EPSILON)
         return [torch.addcmul(self.bias, x, scale).view_as(like) for x, like in zip(centred, rows, strict=True)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.over([x])[0]
 
     def _plain(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
@@ -76,22 +75,25 @@ class BatchNorm(nn.Module):
             )
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation of each row: no row sees another one."""
+class LayerNorm(nn.Module):
+    """Layer normalisation of each row: no row sees another one. The weights of rows make no difference."""
 
-    def over(self, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The normalised tensors; the weights make no difference."""
-        return [self(x) for x in rows]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+        return [F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPSILON) for x in rows]
 
 
-class NoNorm(nn.Identity):
+class NoNorm(nn.Module):
     """No normalisation."""
 
-    def over(self, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The tensors as they are."""
+    def forward(self, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
         return list(rows)
 
 
 def make_norm(name: NormName, width: int) -> BatchNorm | LayerNorm | NoNorm:
     """A normalisation by name."""
-    return {"batch": BatchNorm, "layer": LayerNorm, "none": lambda _: NoNorm()}[name](width)
+    return NoNorm() if name == "none" else {"batch": BatchNorm, "layer": LayerNorm}[name](width)

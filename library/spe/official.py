@@ -22,8 +22,8 @@ RENAMED = (
     (r"^base_model\.gine\.layers\.", "layers."),
     (r"\.edge_features\.", ".edges."),
     (r"\.pe_embedding\.", ".position."),
-    (r"^positional_encoding\.phi\.gin\.", "encoder.rho.gin."),
-    (r"^positional_encoding\.phi\.mlp\.", "encoder.rho.mlp."),
+    (r"^positional_encoding\.phi\.gin\.", "encoders.0.rho.gin."),
+    (r"^positional_encoding\.phi\.mlp\.", "encoders.0.rho.mlp."),
     (r"\.layers\.(\d+)\.fc\.(?=weight|bias)", r".hidden.\1."),
     (r"\.layers\.(\d+)\.bn\.", r".norms.\1."),
     (r"^head\.layers", "head.hidden"),
@@ -72,13 +72,16 @@ def translated(network: GraphNetwork, state: Mapping[str, Tensor]) -> dict[str, 
         if match := GROUPED.match(name):
             copies.setdefault(_renamed(match[2], PHI), {})[int(match[1])] = tensor
         elif match := INVARIANT_NET.match(name):
-            found |= _invariant(f"encoder.nets.{match[1]}.", match[2], tensor)
+            found |= _invariant(f"encoders.0.nets.{match[1]}.", match[2], tensor)
         else:
-            found[_renamed(_places(name, network), RENAMED)] = tensor.reshape(()) if name.endswith(".eps") else tensor
+            found[_renamed(_places(name, network), RENAMED)] = tensor
     for name, parts in copies.items():
         stacked = [parts[place] for place in sorted(parts)]
-        joined = torch.cat(stacked) if name.startswith("norms.") else torch.stack(stacked)
-        found[f"encoder.phi.{name}"] = joined
+        if name.startswith("norms."):
+            joined = torch.cat(stacked)
+        else:
+            joined = torch.stack([part.T if part.ndim == 2 else part for part in stacked])
+        found[f"encoders.0.phi.{name}"] = joined
     return found
 
 
@@ -95,10 +98,10 @@ def _unused(name: str, network: GraphNetwork) -> bool:
 def _places(name: str, network: GraphNetwork) -> str:
     """Names whose meaning depends on the method: SignNet's GIN is called phi, its perceptron rho."""
     if isinstance(network.encoder, SignNet):
-        name = re.sub(r"^positional_encoding\.phi\.", "encoder.gin.", name)
-        return re.sub(r"^positional_encoding\.rho\.", "encoder.out.", name)
+        name = re.sub(r"^positional_encoding\.phi\.", "encoders.0.gin.", name)
+        return re.sub(r"^positional_encoding\.rho\.", "encoders.0.out.", name)
     if isinstance(network.encoder, BasisNet):
-        return re.sub(r"^positional_encoding\.rho\.", "encoder.gin.", name)
+        return re.sub(r"^positional_encoding\.rho\.", "encoders.0.gin.", name)
     return name
 
 

@@ -23,13 +23,13 @@ class GroupedLinear(nn.Module):
     def __init__(self, channels: int, width: int, out: int, *, bias: bool = True) -> None:
         super().__init__()
         bound = 1 / math.sqrt(width)
-        self.weight = nn.Parameter(torch.empty(channels, out, width).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(channels, width, out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels, out).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return torch.bmm(x, self.weight.mT)
-        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
 
 
 class PerceptronPhi(nn.Module):
@@ -53,7 +53,7 @@ class PerceptronPhi(nn.Module):
         for place, linear in enumerate(self.hidden):
             x = linear(x)
             if self.norms is not None:
-                [rows] = self.norms[place].over([x.transpose(0, 1).flatten(1)], weights)
+                [rows] = self.norms[place]([x.transpose(0, 1).flatten(1)], weights)
                 x = rows.unflatten(1, (channels, -1)).transpose(0, 1)
             x = F.relu(x)
         return self.last(x).squeeze(-1).T.unflatten(0, values.shape)

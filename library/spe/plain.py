@@ -20,12 +20,12 @@ from library.spe.rho import PerceptronRho
 def plain_forward(network: GraphNetwork, batch: SpeBatch) -> Tensor:
     """The output (B, targets) of a network whose encoder is an `Spe` with rho gin or mlp."""
     encodings = plain_encodings(network.encoder, batch)
-    frozen = network.encoder
+    encoder = network.encoder
     try:
-        network.encoder = _Given(encodings)
+        network.encoders[0] = _Given(encodings)
         return network(batch)
     finally:
-        network.encoder = frozen
+        network.encoders[0] = encoder
 
 
 def plain_encodings(encoder: Spe, batch: SpeBatch) -> Tensor:
@@ -47,7 +47,7 @@ def _plain_gin(gin: ColumnGin, x: Tensor, batch: SpeBatch) -> Tensor:
     """X <- MLP((1 + eps) X + sum of the neighbours' X), X (N, columns, width)."""
     for place, layer in enumerate(gin.layers):
         if place and gin.between is not None:
-            x = gin.between[place - 1](x)
+            [x] = gin.between[place - 1]([x])
         messages = torch.zeros_like(x).index_add(0, batch.destinations, x[batch.sources])
         x = _plain_perceptron(layer.mlp, (1 + layer.eps) * x + messages)
     return x
@@ -55,7 +55,8 @@ def _plain_gin(gin: ColumnGin, x: Tensor, batch: SpeBatch) -> Tensor:
 
 def _plain_perceptron(mlp: Perceptron, x: Tensor) -> Tensor:
     for linear, norm in zip(mlp.hidden, mlp.norms, strict=True):
-        x = F.relu(norm(linear(x)))
+        [x] = norm([linear(x)])
+        x = F.relu(x)
     return mlp.last(x)
 
 

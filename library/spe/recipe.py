@@ -167,7 +167,10 @@ class SpeRecipe(Recipe, frozen=True, extra="forbid"):
         error = (errors * known).sum() / known.sum().clamp(min=1)
         if not self.lipschitz_penalty:
             return {"loss": error}
-        bound = network.encoder.phi.lipschitz_bound(self.encoding.eigenpairs).mean()
+        phi = network.encoder.phi
+        if any(hasattr(parameter, "full_tensor") for parameter in phi.parameters()):
+            raise InputError("lipschitz_penalty needs whole weights on each worker: engine ddp, zero1 or zero2")
+        bound = phi.lipschitz_bound(self.encoding.eigenpairs).mean()
         return {"loss": error + self.lipschitz_penalty * bound, "error": error.detach(), "lipschitz": bound.detach()}
 
     def count(self, batch: SpeBatch) -> int:

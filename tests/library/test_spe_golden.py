@@ -75,7 +75,7 @@ def network(name: str) -> GraphNetwork:
     return made
 
 
-def batch(name: str, *, vectors: str = "V", size_step: int = 1) -> SpeBatch:
+def batch(name: str, *, vectors: str = "V", size_step: int = 1, dtype: torch.dtype = torch.float32) -> SpeBatch:
     data, config = case(name)
     samples, first = [], 0
     for graph, size in enumerate(data["num_nodes"].tolist()):
@@ -90,13 +90,14 @@ def batch(name: str, *, vectors: str = "V", size_step: int = 1) -> SpeBatch:
             data[vectors][first : first + size, :kept],
             data["target"][graph, None],
         )
-        samples.append(GraphSample(*map(torch.from_numpy, parts)))
+        tensors = map(torch.from_numpy, parts)
+        samples.append(GraphSample(*(part.to(dtype) if part.is_floating_point() else part for part in tensors)))
         first += size
     return collate_graphs(samples, eigenpairs=config["pe_dims"], size_step=size_step)
 
 
 def close(found: Tensor, expected: np.ndarray, **tolerance: float) -> None:
-    torch.testing.assert_close(found.detach(), torch.from_numpy(expected), **tolerance)
+    torch.testing.assert_close(found.detach(), torch.from_numpy(expected), check_dtype=False, **tolerance)
 
 
 @pytest.mark.parametrize("size_step", [1, 4])
@@ -125,10 +126,14 @@ def test_encodings_and_outputs_in_evaluation(name, size_step):
 @pytest.mark.parametrize("size_step", [1, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_loss_and_gradients_in_training(name, size_step):
-    """Batch statistics see the padding that the released code sees, although there is next to none here."""
+    """Batch statistics see the padding that the released code sees, although there is next to none here.
+
+    In one case batch norm on few rows amplifies rounding until a unit crosses its ReLU's kink: that is in float64.
+    """
     data, _ = case(name)
-    net = network(name).train()
-    found = net(batch(name, size_step=size_step))[:, 0]
+    dtype = torch.float64 if name == "spe_transformer_psi" else torch.float32
+    net = network(name).train().to(dtype)
+    found = net(batch(name, size_step=size_step, dtype=dtype))[:, 0]
     close(found, data["y_train"], **TRAINED)
     loss = (found - torch.from_numpy(data["target"])).abs().mean()
     assert float(loss.detach()) == pytest.approx(float(data["loss_train_l1"]), rel=1e-3)

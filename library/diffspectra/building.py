@@ -131,13 +131,3 @@ def with_stereo(mol: "Mol") -> "Mol":
     found = Chem.Mol(mol)
     Chem.AssignStereochemistryFrom3D(found)
     return found
-
-
-def mirrored(mol: "Mol") -> "Mol":
-    """A copy whose conformer is reflected, with stereo assigned anew."""
-    from rdkit import Chem
-
-    found = Chem.Mol(mol)
-    conformer = found.GetConformer()
-    conformer.SetPositions(conformer.GetPositions() * (-1.0, 1.0, 1.0))
-    return with_stereo(found)

@@ -19,6 +19,7 @@ from serving.hawq import Advise, Classify
 from serving.rqgnn import GraphAnomaly
 from serving.send import Hallucination, Score
 from serving.settings import EndpointArgs, token_digest
+from serving.spe import GraphEncoding, GraphProperty
 from serving.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -27,7 +28,18 @@ if TYPE_CHECKING:
     from cluster import Connection
 
 ENDPOINTS: dict[str, type[Endpoint]] = {
-    endpoint.name: endpoint for endpoint in (Hallucination, Score, Spectrum, Classify, Advise, Corrosion, GraphAnomaly)
+    endpoint.name: endpoint
+    for endpoint in (
+        Hallucination,
+        Score,
+        Spectrum,
+        Classify,
+        Advise,
+        Corrosion,
+        GraphAnomaly,
+        GraphProperty,
+        GraphEncoding,
+    )
 }
 LOG = logging.getLogger(__name__)
 REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")

@@ -34,6 +34,7 @@ REPRODUCTIONS = {
     "hawq": "jobs.hawq_reproduction:HawqReproduction",
     "hessian": "jobs.hessian_reproduction:HessianReproduction",
     "farms": "jobs.farms_reproduction:FarmsReproduction",
+    "spe": "jobs.spe_reproduction:SpeReproduction",
     "qrc": "jobs.qrc_reproduction:QrcReproduction",
     "rqgnn": "jobs.rqgnn_reproduction:RqgnnReproduction",
 }

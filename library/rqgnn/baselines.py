@@ -25,7 +25,7 @@ class _MeanPooled(nn.Module):
         if nodes is None:
             nodes = F.one_hot(batch.kinds, batch.energies.shape[1]).to(batch.energies.dtype)
         nodes = self.nodes(batch, nodes)
-        return self.head(graph_sums(batch.graphs, nodes) / batch.graphs.sizes[:, None])
+        return self.head(graph_sums(batch.graphs, nodes.to(batch.energies.dtype)) / batch.graphs.sizes[:, None])
 
     def nodes(self, batch: GraphBatch, nodes: Tensor) -> Tensor:
         """The last layer's channels (nodes, hidden)."""

@@ -102,14 +102,15 @@ class RQGNN(nn.Module):
             start = self._node_layers(batch.features)
         elif self.rq_on == "latent":
             start = table[batch.kinds]
-        rayleigh = self.rayleigh(batch, start)
-        nodes = self.node_channels(batch, table, start)
+        wide = batch.energies.dtype  # under autocast, sums over nodes and what follows them stay exact
+        rayleigh = self.rayleigh(batch, None if start is None else start.to(wide))
+        nodes = self.node_channels(batch, table, start).to(wide)
         branch = None
         if self.branch_first is not None:
-            branch = F.leaky_relu(self.branch_second(self.branch_first(rayleigh)))
+            branch = F.leaky_relu(self.branch_second(self.branch_first(rayleigh))).to(wide)
         query = branch
         if self.query_first is not None:
-            query = F.leaky_relu(self.query_second(F.leaky_relu(self.query_first(rayleigh))))
+            query = F.leaky_relu(self.query_second(F.leaky_relu(self.query_first(rayleigh)))).to(wide)
         pooled, scores = self._pooled(batch, nodes, query)
         joined = pooled if branch is None else torch.cat([pooled, branch], 1)
         return Scored(self.head(self.dropout(self.norm(joined))), scores)

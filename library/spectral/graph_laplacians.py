@@ -83,17 +83,18 @@ class _FixedProduct(torch.autograd.Function):
 def symmetric_product(matrix: Tensor, block: Tensor) -> Tensor:
     """`matrix @ block` for a symmetric CSR matrix (n, n) and a block (n, channels) that may be differentiated.
 
-    The derivative multiplies by the matrix itself, so no transpose is formed.
+    The derivative multiplies by the matrix itself, so no transpose is formed. In the matrix's dtype, autocast or not.
     """
-    return _FixedProduct.apply(matrix, matrix, block)
+    return fixed_product(matrix, matrix, block)
 
 
 def fixed_product(matrix: Tensor, transposed: Tensor, block: Tensor) -> Tensor:
     """`matrix @ block` for a CSR matrix (n, m) with its transpose in CSR too, and a block (m, channels).
 
-    Only the block is differentiated, by a product with the transpose.
+    Only the block is differentiated, by a product with the transpose. In the matrix's dtype, autocast or not.
     """
-    return _FixedProduct.apply(matrix, transposed, block)
+    with torch.autocast(block.device.type, enabled=False):  # sparse products have no half precision on a CPU
+        return _FixedProduct.apply(matrix, transposed, block.to(matrix.dtype))
 
 
 def sparse_rows(matrix: "csr_array") -> Tensor:

@@ -157,6 +157,19 @@ def test_both_formulations_and_all_orders_give_the_same(net: torch.nn.Module) ->
     assert torch.allclose(whole[2:3], net(doubled(turned, [0])), **close)
 
 
+@pytest.mark.parametrize("net", networks(), ids=lambda net: type(net).__name__)
+def test_half_precision_is_near_and_learns(net: torch.nn.Module) -> None:
+    net = net.float().eval()
+    for nodes in ({"kinds": KINDS, "count": 5}, {"features": torch.nn.functional.one_hot(KINDS, 5).float()}):
+        batch = prepare(GRAPHS, **nodes, depth=4).whole()
+        exact = net(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = net(batch).float()
+        assert float((found - exact).detach().abs().max()) < 0.05 * float(exact.detach().abs().max())
+        found.sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
 def test_a_node_sees_depth_minus_one_steps_far() -> None:
     graph, kinds = path(12), torch.zeros(12, dtype=torch.int64)
     net = RQGNN(3, hidden=8, width=2, depth=4)

@@ -133,13 +133,13 @@ def noise_claim(noise: "pd.DataFrame", study: Study) -> Claim:
         "over the distance of the normalised Laplacians.",
         verdict=verdict(linear, "seeds"),
         findings=[
-            f"The rule: from distances of {FIT_FROM:g} on, the slope of SPE in double logarithms is between {SLOPE[0]} and "
-            f"{SLOPE[1]}; 1 is a change in proportion. It is {mean_and_deviation(found['SPE'], 3)}.",
+            f"The rule: from distances of {FIT_FROM:g} on, the slope of SPE in double logarithms is between {SLOPE[0]} "
+            f"and {SLOPE[1]}; 1 is a change in proportion. It is {mean_and_deviation(found['SPE'], 3)}.",
             f"SignNet's slope is {mean_and_deviation(found['SignNet'], 2)}, that of eigenvectors "
             f"{mean_and_deviation(found['eigenvectors'], 2)}; at 0 the smallest noise changes as much as a large one, "
             "because any noise chooses another basis of the double eigenspaces.",
-            "BasisNet sees one eigenspace until the noise parts eigenvalues that are equal to 5 decimals; from one noise "
-            f"to the next its change grows by up to a factor of {steepest:.1e}.",
+            "BasisNet sees one eigenspace until the noise parts eigenvalues that are equal to 5 decimals; from one "
+            f"noise to the next its change grows by up to a factor of {steepest:.1e}.",
         ],
         tables={"Slopes and changes": pd.DataFrame(rows)},
         figure="spe-noise",

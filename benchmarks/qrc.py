@@ -1,4 +1,4 @@
-"""Time quantum reservoirs against qiskit-aer on the same circuits, in one run.
+"""Time quantum reservoirs against qiskit-aer, and classical ones against reservoirpy, on the same work in one run.
 
 Aer runs the long circuit of a series, built before: exact with density matrices (measurements as dephasing, the
 probabilities of each step saved), and with shots of state vectors. It gets its circuits as one job, and as many threads
@@ -7,7 +7,10 @@ and results, is shown beside it. Ours evolves 64 reservoirs at once; their exact
 
     python benchmarks/qrc.py [--steps N] [--shots N] [--threads N] [--repeat N] [--out FILE.json]
 
-qiskit-aer is a dependency of the project: there is nothing to install.
+reservoirpy runs the same echo state networks one after the other, and fits its ridge once for each regularisation; ours
+drives all in one batch, and solves all regularisations at once. States and predictions must agree.
+
+qiskit-aer is a dependency of the project, and reservoirpy one of its tests: there is nothing else to install.
 """
 
 import argparse
@@ -24,10 +27,13 @@ from rich.table import Table
 
 from library.qrc.circuits import density_circuit, probability_features, series_circuit
 from library.qrc.drive import drive_many
+from library.qrc.esn import EchoState, drive_echo_states
+from library.qrc.readout import ALPHAS, ridge_path
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.shots import SampledReservoir
 
 BATCH = 64
+UNITS, NETWORK_STEPS = 30, 1000  # of the echo state networks
 GOALS = {"exact": 300.0, "shots": 10_000.0}
 
 
@@ -119,6 +125,58 @@ def report_aer(rows: list[dict], options: argparse.Namespace, console: Console) 
     return ratios
 
 
+def measure_reservoirpy(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of reservoirpy and of this library for the networks of a search, and largest differences."""
+    from reservoirpy.nodes import Reservoir, Ridge
+
+    networks = [EchoState(units=UNITS, spectral_radius=0.5 + 0.5 * k / BATCH, seed=k) for k in range(BATCH)]
+    inputs = torch.rand(1, NETWORK_STEPS, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = inputs[0, :, :1].roll(3, 0)
+    drawn = [[part.numpy() for part in network.weights(2)] for network in networks]
+    array = inputs[0].numpy()
+
+    def theirs() -> list:
+        return [Reservoir(W=w, Win=entry, bias=bias, lr=0.3).run(array) for w, entry, bias in drawn]
+
+    ours, _ = drive_echo_states(networks, inputs)
+    states = ours[0][0]
+    array_states = states.numpy()
+
+    def ridges() -> list:
+        nodes = [Ridge(ridge=alpha * NETWORK_STEPS) for alpha in ALPHAS]
+        return [node.fit(array_states, target.numpy()).run(array_states) for node in nodes]
+
+    path = ridge_path(states, target, standardize=False)
+    apart = max(float((torch.from_numpy(a) - b[0]).abs().max()) for a, b in zip(theirs(), ours, strict=True))
+    fits = max(
+        float((torch.from_numpy(a) - b).abs().max())
+        for a, b in zip(ridges()[4:], path.predictions(states)[4:], strict=True)
+    )
+    return {
+        "states difference": apart,
+        "ridge difference": fits,
+        "reservoirpy states": seconds(theirs, options.repeat),
+        "states": seconds(lambda: drive_echo_states(networks, inputs), options.repeat),
+        "reservoirpy ridge": seconds(ridges, options.repeat),
+        "ridge": seconds(lambda: ridge_path(states, target, standardize=False).predictions(states), options.repeat),
+    }
+
+
+def report_reservoirpy(found: dict[str, float], console: Console) -> dict[str, float]:
+    """Print milliseconds and ratios."""
+    ratios = {name: found[f"reservoirpy {name}"] / found[name] for name in ("states", "ridge")}
+    work = {
+        "states": f"{BATCH} echo state networks of {UNITS} units, {NETWORK_STEPS} steps",
+        "ridge": f"ridge for {len(ALPHAS)} regularisations, {UNITS} features, {NETWORK_STEPS} steps",
+    }
+    for name, what in work.items():
+        console.print(
+            f"{what}: reservoirpy {1e3 * found[f'reservoirpy {name}']:.1f} ms, here {1e3 * found[name]:.1f} ms, "
+            f"{ratios[name]:.1f} times faster; they differ by at most {found[f'{name} difference']:.1e}"
+        )
+    return ratios
+
+
 def main() -> None:
     """Parse the command line, measure, print, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -133,9 +191,13 @@ def main() -> None:
     console = Console()
     rows = [measure_aer(measured, options) for measured in (1, 2)]
     ratios = report_aer(rows, options, console)
+    networks = measure_reservoirpy(options)
+    ratios |= report_reservoirpy(networks, console)
     if options.out:
         machine = {"processor": platform.machine(), "threads": options.threads, "torch": torch.__version__}
-        options.out.write_text(json.dumps({"machine": machine, "aer": rows, "ratios": ratios}, indent=2) + "\n")
+        options.out.write_text(
+            json.dumps({"machine": machine, "aer": rows, "reservoirpy": networks, "ratios": ratios}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -142,14 +142,14 @@ def courses(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
         verdict=f"hybrid over onion: {verdict(smaller, 'seeds')}; onion over one reservoir: {verdict(over, 'seeds')}; "
         f"hybrid over an ESN of equal size: {verdict(alike, 'seeds')}",
         findings=[
-            f"Onion {mean_and_deviation(nrmse[onion].tolist())}, one reservoir "
-            f"{mean_and_deviation(nrmse[simple].tolist())}. The control of three reservoirs of equal feedback reaches "
-            f"{mean_and_deviation(nrmse[equal].tolist())}; that different feedback is better than equal one: "
+            f"Onion {_median_and_range(nrmse[onion].tolist())}, one reservoir "
+            f"{_median_and_range(nrmse[simple].tolist())}. The control of three reservoirs of equal feedback reaches "
+            f"{_median_and_range(nrmse[equal].tolist())}; that different feedback is better than equal one: "
             f"{verdict((nrmse[onion] < nrmse[equal]).tolist(), 'seeds')}.",
-            f"Hybrid of 50 features {mean_and_deviation(nrmse[hybrid].tolist())}, ESN of 50 units "
-            f"{mean_and_deviation(nrmse['ESN 50'].tolist())}.",
+            f"Hybrid of 50 features {_median_and_range(nrmse[hybrid].tolist())}, ESN of 50 units "
+            f"{_median_and_range(nrmse['ESN 50'].tolist())}.",
         ],
-        tables={"NRMSE over all horizons, and at the last": _courses_table(table)},
+        tables={"NRMSE over all horizons, and at the last: median over seeds, least to largest": _courses_table(table)},
         figure="qrc-courses",
     )
 
@@ -262,9 +262,16 @@ def _courses_table(table: "pd.DataFrame") -> "pd.DataFrame":
     for model in table["model"].unique():
         own = table[table["model"] == model]
         row = {"model": model, "features": str(own["features"].iloc[0]), "budget": "1"}
-        row["NRMSE"] = mean_and_deviation(own["nrmse"].tolist())
-        rows.append(row | {"at the last": mean_and_deviation(own["last_nrmse"].tolist())})
+        row["NRMSE"] = _median_and_range(own["nrmse"].tolist())
+        rows.append(row | {"at the last": _median_and_range(own["last_nrmse"].tolist())})
     return pd.DataFrame(rows)
+
+
+def _median_and_range(values: Sequence[float]) -> str:
+    """Median with least and largest: one diverging loop would hide the others in a mean."""
+    from statistics import median
+
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _gain(results: Sequence[Result], first: str, second: str) -> str:

@@ -25,7 +25,7 @@ def overview(nowcast: "pd.DataFrame", qubits: int) -> "Figure":
     still = {"qubits": qubits, "pairs": "line", "scale": 0.2, "bias": -0.1}
     half = torch.full((1, 1), 0.5, dtype=torch.float64)
     draw_disk(disk, [channel_spectrum(QuantumReservoir(sigma=sigma, **still), half) for sigma in (0.1, 0.3, 1.0)])
-    disk.set_title("Memory modes, sigma 0.1, 0.3, 1", loc="left", fontsize=10)
+    disk.set_title("Memory modes at sigma 0.1 (blue), 0.3 (orange), 1 (green)", loc="left", fontsize=10)
     keep = [MEMORYLESS, SIMPLE, CONTROL, TRIPLES, GREEDY, "ESN 30", "ESN 60", STACKED, HYBRID]
     _models(errors, nowcast[nowcast["model"].isin(keep)])
     errors.set_title("Nowcast of simulated corrosion, a point per seed", loc="left", fontsize=10)
@@ -40,20 +40,25 @@ def spectra_figure(qubits: int) -> "Figure":
     return knobs_figure(QuantumReservoir(qubits=qubits))
 
 
-def models_figure(table: "pd.DataFrame") -> "Figure":
-    """Test error of each model, a point per seed and a line at the mean."""
+def models_figure(table: "pd.DataFrame", *, median: bool = False) -> "Figure":
+    """Test error of each model, a point per seed and a line at their mean, or median."""
     drawn = _figure(8.4, 0.32 * table["model"].nunique() + 0.9)
-    _models(drawn.subplots(), table)
+    _models(drawn.subplots(), table, median=median)
     return drawn
 
 
 def scales_figure(table: "pd.DataFrame") -> "Figure":
-    """The same for each task, on a logarithmic axis."""
+    """The same for each task, on a logarithmic axis where errors differ by more than ten times."""
+    from matplotlib.ticker import NullFormatter
+
     drawn = _figure(11.0, 0.32 * table["model"].nunique() + 1.1)
     tasks = table["task"].unique()
     for axis, task in zip(drawn.subplots(1, len(tasks), sharey=True), tasks, strict=True):
         _models(axis, table[table["task"] == task])
-        axis.set_xscale("log")
+        errors = table[table["task"] == task]["nrmse"]
+        if errors.max() > 10 * errors.min():
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(task, loc="left", fontsize=9)
     return drawn
 
@@ -84,13 +89,13 @@ def shots_figure(table: "pd.DataFrame") -> "Figure":
     return drawn
 
 
-def _models(axis: "Axes", table: "pd.DataFrame") -> None:
+def _models(axis: "Axes", table: "pd.DataFrame", *, median: bool = False) -> None:
     models = list(dict.fromkeys(table["model"]))
     for place, model in enumerate(reversed(models)):
         values = table[table["model"] == model]["nrmse"]
         colour = LAYERS[_sort(model)]
         axis.plot(values, [place] * len(values), "o", ms=4, color=colour, alpha=0.7)
-        axis.vlines(values.mean(), place - 0.3, place + 0.3, color=colour, lw=2)
+        axis.vlines(values.median() if median else values.mean(), place - 0.3, place + 0.3, color=colour, lw=2)
     axis.set_yticks(range(len(models)), [model.partition(": greedy")[0] for model in reversed(models)], fontsize=8)
     axis.set_xlabel("test NRMSE")
     axis.grid(axis="x", color="0.9", lw=0.8)

@@ -75,7 +75,7 @@ class QrcReproduction(Reproduction, frozen=True, extra="forbid"):
                 "qrc": qrc_figures.overview(tables["nowcast"], self.study.qubits),
                 "qrc-spectra": qrc_figures.spectra_figure(self.study.qubits),
                 "qrc-nowcast": qrc_figures.models_figure(tables["nowcast"]),
-                "qrc-courses": qrc_figures.models_figure(tables["courses"]),
+                "qrc-courses": qrc_figures.models_figure(tables["courses"], median=True),
                 "qrc-scales": qrc_figures.scales_figure(tables["scales"]),
                 "qrc-shots": qrc_figures.shots_figure(tables["shots"]),
             },

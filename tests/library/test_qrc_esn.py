@@ -38,11 +38,12 @@ def test_states_and_ridge_are_those_of_reservoirpy():
 
 
 def test_a_drawn_network_is_reservoirpys_with_the_same_weights():
-    reservoirpy = pytest.importorskip("reservoirpy.nodes")
+    from reservoirpy.nodes import Reservoir
+
     network = EchoState(units=12, leak=0.4, seed=3)
     inputs = rand(1, 80, 2)
     weights, entry, bias = (part.numpy() for part in network.weights(2))
-    peer = reservoirpy.Reservoir(W=weights, Win=entry, bias=bias, lr=0.4)
+    peer = Reservoir(W=weights, Win=entry, bias=bias, lr=0.4)
     assert np.abs(peer.run(inputs[0].numpy()) - network.drive(inputs)[0][0].numpy()).max() < 1e-12
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from library.rqgnn.study import REGRESSIONS
+from library.rqgnn.study import ARMS, REGRESSIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,7 @@ def overview(results: "pd.DataFrame", curves: "pd.DataFrame") -> "Figure":
     kind = curves["kind"].iloc[0]
     _curves(left, curves[curves["kind"] == kind])
     left.set_title(f"energy of the signal of {kind} atoms", loc="left", fontsize=10)
+    left.set_xlabel("eigenvalue of the normalised Laplacian")
     left.set_ylabel("accumulated share of energy")
     left.legend(frameon=False, fontsize=8, loc="upper left")
     name = results["set"].iloc[-1]
@@ -32,8 +33,7 @@ def networks_figure(results: "pd.DataFrame") -> "Figure":
     """Test AUC of every network, a panel per set, a point per seed."""
     sets = list(results["set"].unique())
     drawn = _figure(11.5, 4.6)
-    order = list(dict.fromkeys(results["arm"]))
-    order = [arm for arm in order if arm not in REGRESSIONS] + [arm for arm in REGRESSIONS if arm in order]
+    order = [arm for arm in (*ARMS, *REGRESSIONS) if arm in set(results["arm"])]
     for axis, name in zip(drawn.subplots(1, len(sets), sharey=True, squeeze=False).flat, sets, strict=True):
         _areas(axis, results[results["set"] == name], order)
         axis.set_title(name, loc="left", fontsize=10)
@@ -49,7 +49,8 @@ def curves_figure(curves: "pd.DataFrame", name: str) -> "Figure":
         _curves(axis, curves[curves["kind"] == kind])
         axis.set_title(f"{kind} atoms", loc="left", fontsize=10)
     drawn.axes[0].set_ylabel("accumulated share of energy")
-    drawn.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    drawn.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    drawn.supxlabel("eigenvalue of the normalised Laplacian", fontsize=10)
     return drawn
 
 
@@ -58,7 +59,6 @@ def _curves(axis: "Axes", curves: "pd.DataFrame") -> None:
         own = curves[curves["label"] == label]
         axis.fill_between(own["point"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
         axis.plot(own["point"], own["mean"], color=colour, lw=1.5, label=f"{name} ({own['graphs'].iloc[0]} graphs)")
-    axis.set_xlabel("eigenvalue of the normalised Laplacian")
     axis.set_xlim(0, 2)
     axis.spines[["top", "right"]].set_visible(False)
 

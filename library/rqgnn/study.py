@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt
 
 from library import order
+from library.calibration import auroc
 from library.recipe import make_batch, seed_step, seeded_model
 from library.rqgnn.calibrated import Decision, energy_curves
 from library.rqgnn.metrics import detection_metrics
@@ -120,6 +121,7 @@ def regressions(study: Study, name: str) -> list[dict[str, Any]]:
                 "set": name,
                 "arm": arm,
                 "seed": 0,
+                "validation_auc": auroc(margins[material.validation], prepared.labels[material.validation]).value,
                 **_tested(margins[material.validation], margins[material.test], material),
             }
         )

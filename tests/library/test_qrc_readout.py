@@ -114,8 +114,8 @@ def test_alpha_is_chosen_per_output_and_never_below_the_floor():
 
 
 def test_greedy_choice_from_moments_is_the_one_by_refitting():
-    x, y = problem(rows=200, width=12, outputs=1, seed=2)
-    tests = [problem(rows=80, width=12, outputs=1, seed=seed) for seed in (3, 4)]
+    whole = [part.split([200, 80, 80]) for part in problem(rows=360, width=12, outputs=1, seed=2)]
+    (x, y), *tests = zip(*whole, strict=True)
     blocks = [[0, 1], [2, 3], [4, 5, 6], [7, 8], [9, 10, 11]]
     steps = forward_selection(
         Moments.of(x, y), [Moments.of(*part) for part in tests], blocks, most=4, alphas=(1e-4, 1e-2)
@@ -142,7 +142,8 @@ def test_greedy_choice_from_moments_is_the_one_by_refitting():
     frugal = forward_selection(
         Moments.of(x, y), [Moments.of(*part) for part in tests], blocks, most=4, costs=[[2]] * 5, limits=[5]
     )
-    assert len(frugal) == 2
+    assert [step.candidate for step in frugal] == [step.candidate for step in steps[:2]]
+    assert len(steps) == 4
     assert [step.error for step in steps] == sorted((step.error for step in steps), reverse=True)
 
 

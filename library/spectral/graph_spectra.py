@@ -1,6 +1,7 @@
 """Eigenpairs of many graphs' Laplacians, cuts that keep eigenspaces whole, and the energy of signals over them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -45,14 +46,19 @@ class GraphSpectra:
     def graph(self, place: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues (pairs,) and eigenvectors (nodes, pairs) of one graph."""
         nodes, count = int(self.sizes[place]), int(self.counts[place])
-        first, entry = int(self.counts[:place].sum()), int((self.sizes * self.counts)[:place].sum())
+        first, entry = (int(firsts[place]) for firsts in self._firsts)
         return self.values[first : first + count], self.vectors[entry : entry + nodes * count].reshape(nodes, count)
+
+    @cached_property
+    def _firsts(self) -> tuple[Tensor, Tensor]:
+        """Where each graph's eigenvalues, and the entries of its eigenvectors, begin."""
+        return _firsts(self.counts), _firsts(self.sizes * self.counts)
 
     def select(self, chosen: Tensor) -> "GraphSpectra":
         """The spectra of the chosen graphs, in that order."""
-        entries = self.sizes * self.counts
-        values = self.values[ragged_ranges(_firsts(self.counts)[chosen], self.counts[chosen])]
-        vectors = self.vectors[ragged_ranges(_firsts(entries)[chosen], entries[chosen])]
+        first, entry = (firsts[chosen] for firsts in self._firsts)
+        values = self.values[ragged_ranges(first, self.counts[chosen])]
+        vectors = self.vectors[ragged_ranges(entry, (self.sizes * self.counts)[chosen])]
         return GraphSpectra(self.sizes[chosen], self.counts[chosen], values, vectors, self.gaps[chosen])
 
     def padded(self, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -275,7 +281,9 @@ def _key(graphs: Graphs, *options: object) -> str:
 def _write(file: Path, spectra: GraphSpectra) -> None:
     from safetensors.torch import save
 
-    files.write_bytes(file, save({name: value.cpu().contiguous() for name, value in vars(spectra).items()}))
+    files.write_bytes(
+        file, save({field.name: getattr(spectra, field.name).cpu().contiguous() for field in fields(spectra)})
+    )
 
 
 def _read(file: Path, device: torch.device) -> GraphSpectra:

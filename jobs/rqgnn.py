@@ -1,5 +1,6 @@
 """RQGNN on Ray: train a graph-level anomaly detector, and measure it on graphs that it has not seen."""
 
+import os
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveInt, field_validator
@@ -7,6 +8,8 @@ from pydantic import PositiveInt, field_validator
 from cluster import registry, storage
 from jobs.report import Report
 from jobs.training import TrainingJob
+from jobs.workers import stand_in
+from library.rqgnn.data import load_graphs
 from library.rqgnn.recipe import RqgnnRecipe
 
 if TYPE_CHECKING:
@@ -36,15 +39,22 @@ class RqgnnJob(TrainingJob, frozen=True, extra="forbid"):
             raise ValueError("batch normalisation is over the whole batch of a step, which cannot be cut; leave it out")
         return size
 
+    def prepared(self) -> "RqgnnJob":
+        """The job once its graphs are there: what is downloaded by name is downloaded here, not by every worker."""
+        if self.recipe.tu_root is not None:
+            load_graphs(self.recipe.data, tu_root=self.recipe.tu_root)
+        return self
+
     def run(self) -> Report:
         """Train, register, and measure on the test graphs. Raises PrismError; the last checkpoint stays."""
         import ray
 
+        self.prepared()
         report = super().run()
         if report.artifact is None:
             return report
         task = ray.remote(num_cpus=1, max_retries=2)(tested)
-        found, curve = ray.get(task.remote(str(registry.resolve(report.artifact)), self.recipe))
+        found, curve = ray.get(task.remote(str(registry.resolve(report.artifact)), self.recipe, os.getcwd()))
         report.metrics |= {f"test_{name}": value for name, value in found.items()}
         report.figures["reliability"] = reliability_figure(curve)
         if report.folder is not None and storage.is_local(report.folder):
@@ -52,7 +62,7 @@ class RqgnnJob(TrainingJob, frozen=True, extra="forbid"):
         return report
 
 
-def tested(artifact: str, recipe: RqgnnRecipe) -> "tuple[dict[str, float], list[tuple[float, float, int]]]":
+def tested(artifact: str, recipe: RqgnnRecipe, cwd: str) -> "tuple[dict[str, float], list[tuple[float, float, int]]]":
     """Metrics of an artifact on its recipe's test graphs, and (mean probability, share of anomalies, graphs) in bins.
 
     The ten bins hold equally many graphs each.
@@ -61,6 +71,7 @@ def tested(artifact: str, recipe: RqgnnRecipe) -> "tuple[dict[str, float], list[
     from library.rqgnn.detector import GraphAnomalyDetector
     from library.rqgnn.metrics import detection_metrics
 
+    stand_in(cwd)
     detector = GraphAnomalyDetector.from_artifact(open_artifact(artifact))
     material = recipe.material()
     margins = detector.margins(material.prepared, material.test)

@@ -124,3 +124,8 @@ def test_a_batch_of_features_has_the_rows_of_its_graphs() -> None:
     assert found["num_edges"].to_pylist() == data.graphs.edge_counts.tolist()
     with pytest.raises(InputError, match="not kinds"):
         rows_of(load_graphs("simulated"))
+
+
+def test_a_set_that_cannot_be_had_is_refused_before_any_worker_starts(tmp_path) -> None:
+    with pytest.raises(InputError, match="no graphs at 'some/where'"):
+        RqgnnJob(recipe=RqgnnRecipe(data="some/where", tu_root=str(tmp_path))).run()

@@ -142,7 +142,7 @@ search(Path({str(tmp_path)!r}), samples=4, concurrent=1).run()
     assert open_artifact(report.artifact, kind="qrc").recipe["time_scales"]
     assert not list(tmp_path.rglob("*.pkl"))
 
-    again = QrcSearch(resume="s", storage=str(tmp_path)).run()
+    again = QrcSearch(resume="s", storage=str(tmp_path), samples=3).run()
     assert {batch.number: batch for batch in ledger(tmp_path, "pool").batches} == after
     assert again.metrics["refined_validation_nrmse"] == report.metrics["refined_validation_nrmse"]
 

@@ -1,8 +1,6 @@
 """The published experiments: networks, optimisers and batches of the released configuration files."""
 
-from typing import Any, Literal
-
-PresetName = Literal["zinc-full", "zinc-8", "alchemy", "drugood-assay", "drugood-scaffold", "drugood-size", "counting"]
+from typing import Any
 
 
 def _experiment(

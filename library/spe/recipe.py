@@ -20,7 +20,7 @@ from library.recipe import Recipe, Splits, unwrap
 from library.spe.batch import SpeBatch, collate_graphs
 from library.spe.data import GraphData, GraphSamples, load_graphs, spectra_of
 from library.spe.network import GraphNetwork
-from library.spe.presets import PRESETS, PresetName
+from library.spe.presets import PRESETS
 from library.spe.settings import Backbone, Encoding, Schema
 from library.spectral.graph_spectra import GraphSpectra
 from library.weights import load_tensors
@@ -68,8 +68,8 @@ class SpeRecipe(Recipe, frozen=True, extra="forbid"):
     cache: str | None = None
     """Folder where eigenpairs are kept and found again by content; None computes them in each process."""
 
-    preset: PresetName | None = None
-    """A published experiment: its encoding, backbone, batch_size and optimiser, whatever these fields say."""
+    preset: str | None = None
+    """A published experiment, such as zinc-full: its encoding, backbone, batch_size, optimiser, whatever these say."""
     encoding: Encoding = Encoding()
     """How places in the graph are encoded."""
     backbone: Backbone = Backbone()
@@ -90,7 +90,9 @@ class SpeRecipe(Recipe, frozen=True, extra="forbid"):
     @classmethod
     def _preset(cls, data: Any) -> Any:
         name = data.get("preset") if isinstance(data, Mapping) else None
-        return {**data, **PRESETS[name]} if name in PRESETS else data
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        return data if name is None else {**data, **PRESETS[name]}
 
     @model_validator(mode="after")
     def _penalised(self) -> "SpeRecipe":

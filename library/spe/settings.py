@@ -83,7 +83,7 @@ class Backbone(BaseModel, frozen=True, extra="forbid"):
     """The network that reads node and edge features and the encodings."""
 
     layers: PositiveInt = 4
-    """GINE layers."""
+    """How many GINE layers it has."""
     hidden: PositiveInt = 64
     """Width of the nodes."""
     mlp_layers: int = Field(3, ge=2)

@@ -162,6 +162,11 @@ def test_a_lipschitz_penalty_lowers_the_bound(norm):
         SpeRecipe(lipschitz_penalty=0.1, encoding=Encoding(phi="one"))
 
 
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ValueError, match="no preset 'zinc'; there are zinc-full, zinc-8"):
+        SpeRecipe(preset="zinc")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_what_they_name_and_no_more(name):
     recipe = SpeRecipe(preset=name, steps=7, seed=3, data="counting", lr=0.7)

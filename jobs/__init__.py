@@ -35,6 +35,7 @@ METHODS = {
     "farms": Method("FARMS: spectra of layers free of their shapes, for pruning and rates", "arXiv 2506.06280"),
     "spe": Method("SPE: positional encodings of graphs that are stable and know all eigenspaces", "arXiv 2310.02579"),
     "rqgnn": Method("RQGNN: anomalous graphs, told by the energy of their signals", "arXiv 2310.02861"),
+    "diffspectra": Method("DiffSpectra: molecules from UV-Vis, IR and Raman spectra, by diffusion", "arXiv 2507.06853"),
     "qrc": Method("onions of quantum reservoirs, their memory read off a channel's spectrum", "arXiv 2505.22837"),
 }
 
@@ -65,6 +66,9 @@ JOBS = {
     "rqgnn": JobEntry("rqgnn", "jobs.rqgnn:RqgnnJob", "train a detector of anomalous graphs among many normal ones"),
     "rqgnn-features": JobEntry(
         "rqgnn", "jobs.rqgnn_features:RqgnnFeaturesJob", "compute Rayleigh features of many graphs into Parquet"
+    ),
+    "diffspectra-simulate": JobEntry(
+        "diffspectra", "jobs.diffspectra_simulate:DiffSpectraSimulateJob", "compute spectral lines of your molecules"
     ),
     "qrc": JobEntry("qrc", "jobs.qrc:QrcJob", "fit a forecaster of corrosion, or of your own series, and measure it"),
 }

@@ -97,8 +97,9 @@ class QrcJob(Job, frozen=True, extra="forbid"):
         connect()
         folder = self._folder()
         found = self._fitted(material)
+        first = ("seed", "validation_nrmse", "test_nrmse")
         rows = [{"seed": seed, **found[f"seed {seed}"][1]} for seed in self.seeds]
-        table = pd.DataFrame(rows)
+        table = pd.DataFrame([{name: row[name] for name in first} | row for row in rows])
         best = min(self.seeds, key=lambda seed: (found[f"seed {seed}"][1]["validation_nrmse"], seed))
         model, own = found[f"seed {best}"]
         measured = table.drop(columns="seed")
@@ -113,7 +114,7 @@ class QrcJob(Job, frozen=True, extra="forbid"):
             metrics=metrics,
             tables={"seeds": table, "reservoirs": pd.DataFrame(scales)},
             figures={"test": sample_figure(model, material, self.level)},
-            notes=material.notes,
+            notes=[*material.notes, *_slow(scales, model.washout)],
         )
         told = about(material.schema, scales) | {"recipe": self.recipe.model_dump(mode="json"), "seed": best}
         report.artifact = _keep(model, own, material.fingerprint, told, folder)
@@ -202,6 +203,16 @@ class QrcJob(Job, frozen=True, extra="forbid"):
             raise InputError(f"a run {name!r} exists at {folder}; choose another name")
         storage.write_bytes(storage.join(folder, RECORD), json.dumps(self.record(), indent=1).encode())
         return folder
+
+
+def _slow(scales: list[dict[str, Any]], washout: int) -> list[str]:
+    """A note for each reservoir that has not forgotten its start when learning begins."""
+    return [
+        f"{row['reservoir']}: its longest time scale of {row['tau']:.0f} steps is more than a fifth of the washout of "
+        f"{washout}, so that what is learned depends on its start; raise --washout or its sigma"
+        for row in scales
+        if washout and row["tau"] > washout / 5
+    ]
 
 
 def _keep(

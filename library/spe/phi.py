@@ -176,7 +176,7 @@ def spline_basis(values: Tensor, pieces: int) -> Tensor:
 
     Values outside [0, 2] are taken at its nearer end.
 
-    >>> spline_basis(torch.tensor([0.0, 2.0]), 2).round(decimals=3).tolist()
+    >>> spline_basis(torch.tensor([0.0, 2.0]).double(), 2).round(decimals=3).tolist()
     [[0.167, 0.667, 0.167, 0.0, 0.0], [0.0, 0.0, 0.167, 0.667, 0.167]]
     """
     place = values.clamp(0, 2) * (pieces / 2)

@@ -44,7 +44,11 @@ def test_choices_are_by_validation_and_the_test_takes_no_part():
     lucky = {name: (part.targets if name == "test" else rand(1, 80, 1)) for name, part in parts.items()}
     first, second = bench.add_features(lucky), bench.add_features(good)
     assert bench.best("row", [[first], [second]]) == [second]
-    assert bench.rows[0]["nrmse"] < 0.3 < bench.rows[0]["median"]
+    assert bench.rows[0]["budget"] == 2
+    assert bench.best("lucky", [[first]]) == [first]
+    lucky_row, row = bench.rows[1], bench.rows[0]
+    assert row["validation"] < 0.3 < lucky_row["validation"]
+    assert row["median"] == min(row["nrmse"], lucky_row["nrmse"])  # of two candidates
     assert bench.squares["row"].shape == (75,)
 
 

@@ -1,9 +1,9 @@
 """Time SPE against its first formulation with the same weights, and its input against PyTorch Geometric's transform.
 
 The peer of a step is `library.spe.plain`: the released code's way, graph by graph to Q, all graphs padded to the
-largest one, messages along edges. Outputs must agree: in float64 they do to 1e-12; in float32, batch statistics of eight
-layers amplify the rounding of either form. The configuration is the paper's for ZINC-12k: d = 37, 16 functions, an
-outer network of 8 layers of width 128, batches of 128 molecules; with batch norm as released, and with layer norm.
+largest one, messages along edges. Outputs must agree: in float64 they do to 1e-12; in float32, batch statistics of
+eight layers amplify the rounding of either form. The configuration is the paper's for ZINC-12k: d = 37, 16 functions,
+an outer network of 8 layers of width 128, batches of 128 molecules; with batch norm as released, and with layer norm.
 The peer of the eigenpairs is `AddLaplacianEigenvectorPE`, which calls SciPy graph by graph and gives no eigenvalues.
 
     python benchmarks/spe.py [--graphs N] [--repeat N] [--threads N] [--out FILE.json]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.qrc.closed_loop import Forecast, Residuals, run_closed
+from library.qrc.echo import check_echo_state
 from library.qrc.hybrid import HybridReservoir
 from library.qrc.readout import ALPHAS, ridge_path
 from library.qrc.reservoir import QuantumReservoir, Reservoir
@@ -18,6 +19,7 @@ from library.qrc.sequences import Batch
 from library.qrc.shots import SampledReservoir
 
 ONION = HybridReservoir(members=tuple(QuantumReservoir(sigma=sigma, seed=i) for i, sigma in enumerate((0.1, 0.3, 1.0))))
+FEWEST = 30  # rows of a washout from which a rate of forgetting can be told
 WINDOWS = 16  # stretches of the training series whose last states make the typical one
 
 
@@ -99,7 +101,8 @@ class Forecaster(RegressorMixin, BaseEstimator):
         validation            X and y of other series: alpha has their least NRMSE, and intervals have their residuals
         validation_features   likewise for these
 
-        Raises InputError for series that do not fit together, are shorter than the washout, or not finite.
+        Raises InputError for series that do not fit together, are shorter than the washout, or not finite, and for a
+        quantum reservoir whose features still depend on its start after the washout (`library.qrc.echo`).
         """
         batch = self.fit_range(X)
         self.reservoir_ = self.reservoir if self.reservoir is not None else ONION
@@ -107,6 +110,8 @@ class Forecaster(RegressorMixin, BaseEstimator):
         self.n_targets_ = outputs.values.shape[2] if outputs is not None else 0
         self.flat_ = outputs.flat if outputs is not None else batch.flat
         inputs = self.scaled(batch.values)
+        if features is None:
+            self._check_echo(inputs)
         driven = self._driven(inputs, features, fitting=True)
         self.typical_ = self._typical(inputs)
         x, wanted, _ = self._pairs(batch, outputs, inputs, driven)
@@ -285,6 +290,13 @@ class Forecaster(RegressorMixin, BaseEstimator):
         """Residuals (rows, outputs) of each series, in its order."""
         rows, wanted, mask = self._pairs(batch, outputs, inputs, driven)
         return list((wanted - self.readout_(rows)).split(mask.sum(1).tolist()))
+
+    def _check_echo(self, inputs: Tensor) -> None:
+        """Each quantum reservoir must have forgotten its start by the end of the washout, where there is one."""
+        members = self.reservoir_.members if isinstance(self.reservoir_, HybridReservoir) else (self.reservoir_,)
+        for member in members:
+            if isinstance(member, QuantumReservoir) and FEWEST <= self.washout <= inputs.shape[1]:
+                check_echo_state(member, inputs[0], self.washout)
 
     def _driven(self, inputs: Tensor, features: Tensor | None, *, fitting: bool = False) -> Tensor:
         """What the read-out sees for scaled inputs, (series, time, width); fitting calibrates a stacked layer."""

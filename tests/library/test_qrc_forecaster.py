@@ -256,3 +256,11 @@ def test_tasks_keep_places_apart_and_units_right():
     assert (train.diff(dim=1) >= 0).all()
     with pytest.raises(ValidationError, match="exceed"):
         Curves(points=100)
+
+
+def test_a_reservoir_that_has_not_forgotten_its_start_is_refused_before_use():
+    x, y = data(1)
+    slow = Forecaster(QuantumReservoir(qubits=3, sigma=0.02, scale=0.1, bias=0.0), washout=40)
+    with pytest.raises(InputError, match=r"after a washout of 40 steps features still depend on the start, by 0\.\d+"):
+        slow.fit(x, y)
+    assert slow.set_params(reservoir=QuantumReservoir(qubits=3, sigma=1.0)).fit(x, y).score(x, y) < 1

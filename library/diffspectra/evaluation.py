@@ -18,7 +18,7 @@ from library.diffspectra.building import build, constitution_smiles, with_stereo
 from library.diffspectra.mces import empty_distance, mces_distance
 from library.diffspectra.molecules import Structure
 from library.diffspectra.ranking import failure, rank
-from library.diffspectra.similarity import Similarity, similarity
+from library.diffspectra.similarity import Similarity, connectivity, inchikey, similarity
 from library.diffspectra.stability import released_smiles, stability_by_bonds
 from library.diffspectra.stereo import same_stereo
 from library.errors import InputError
@@ -33,7 +33,8 @@ class Judgement(NamedTuple):
     valid         one connected molecule without unpaired electrons
     stable        all valences allowed, by the paper's table
     formula       the atoms are those of the truth
-    constitution  the bonds are too: equal canonical SMILES without stereo
+    connectivity  equal first blocks of the InChIKey, for which mobile hydrogens have no place
+    constitution  the bonds are right: equal canonical SMILES without stereo
     stereo        its stereo centres and double bonds are too, or those of its mirror image are
     rmsd          in angstrom, of the better mirror image, over all symmetries; of a right constitution alone
     similarity    to the truth, in the paper's measures; zeros for a sample that is not valid
@@ -44,6 +45,7 @@ class Judgement(NamedTuple):
     valid: bool
     stable: bool
     formula: bool
+    connectivity: bool
     constitution: bool
     stereo: bool
     rmsd: float | None
@@ -73,6 +75,11 @@ class Truth:
         """Canonical, without stereo."""
         return constitution_smiles(self.mol)
 
+    @cached_property
+    def inchikey(self) -> str:
+        """As the released code makes it, from the positions."""
+        return inchikey(self.mol)
+
     def judge(self, sample: Structure, *, mces: bool = False) -> Judgement:
         """Compare a sample. `mces` asks for the distance too, which costs up to a second."""
         built = build(sample)
@@ -80,24 +87,40 @@ class Truth:
         constitution = valid and built.smiles == self.smiles
         stereo = constitution and same_stereo(self.structure, sample)
         released = build(sample, filled=True, restrict_charges=True).mol
-        paper = similarity(self.mol, released) if released is not None else None
-        same = valid and not sample.charges.any()  # then the released molecule is this one
         distance = None
         if mces:
-            distance = mces_distance(self.mol, built.mol).distance if valid else empty_distance(self.mol)
+            distance = self._distance(built.mol) if valid else empty_distance(self.mol)
         return Judgement(
             valid=valid,
             stable=stability_by_bonds(sample).stable,
             formula=sample.formula() == self.structure.formula(),
+            connectivity=valid and connectivity(built.mol) == self.inchikey[:14],
             constitution=constitution,
             stereo=stereo,
             rmsd=align(self.structure, sample, mirror=True).rmsd if constitution else None,
-            similarity=(paper if same and paper else similarity(self.mol, built.mol)) if valid else NOTHING,
+            similarity=self._similarity(built.mol) if valid else NOTHING,
             mces=distance,
             paper_smiles=None if released is None else released_smiles(released) == released_smiles(self.mol),
-            paper_inchikey=None if released is None else _inchikey(released) == _inchikey(self.mol),
-            paper_similarity=paper,
+            paper_inchikey=None if released is None else inchikey(released) == self.inchikey,
+            paper_similarity=None if released is None else self._similarity(released),
         )
+
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str], Any]:
+        """What was found of a constitution before: samples of one spectrum repeat."""
+        return {}
+
+    def _similarity(self, mol: "Mol") -> Similarity:
+        key = ("similarity", released_smiles(mol))
+        if key not in self._compared:
+            self._compared[key] = similarity(self.mol, mol)
+        return self._compared[key]
+
+    def _distance(self, mol: "Mol") -> float:
+        key = ("mces", constitution_smiles(mol))
+        if key not in self._compared:
+            self._compared[key] = mces_distance(self.mol, mol).distance
+        return self._compared[key]
 
 
 NOTHING = Similarity(*[0.0] * len(Similarity._fields))
@@ -190,7 +213,7 @@ def right_of(samples: int, right: int, k: int) -> float:
 def _row(number: int, smiles: str, place: int | None, found: Sequence[Judgement]) -> dict[str, Any]:
     """The means over one molecule's samples; without samples nothing was right."""
     row: dict[str, Any] = {"number": number, "smiles": smiles, "samples": len(found), "place": place}
-    for name in ("valid", "stable", "formula", "constitution", "stereo"):
+    for name in ("valid", "stable", "formula", "connectivity", "constitution", "stereo"):
         row[name] = _mean([float(getattr(one, name)) for one in found]) or 0.0
     for name in Similarity._fields:
         values = [getattr(one.similarity, name) for one in found]
@@ -208,10 +231,3 @@ def _row(number: int, smiles: str, place: int | None, found: Sequence[Judgement]
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _inchikey(mol: "Mol") -> str:
-    from rdkit import Chem, rdBase
-
-    with rdBase.BlockLogs():
-        return Chem.MolToInchiKey(mol)

@@ -85,6 +85,19 @@ def functional_group_similarity(truth: "Mol", found: "Mol") -> float:
     return len(first & second) / len(first | second) if first | second else 1.0
 
 
+def connectivity(mol: "Mol") -> str:
+    """The first block of the InChIKey, fourteen letters: the constitution, with mobile hydrogens in any place."""
+    return inchikey(mol)[:14]
+
+
+def inchikey(mol: "Mol") -> str:
+    """The whole InChIKey. Its stereo comes from the positions where the molecule has any."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        return Chem.MolToInchiKey(mol)
+
+
 @cache
 def _morgan() -> object:
     from rdkit.Chem import rdFingerprintGenerator

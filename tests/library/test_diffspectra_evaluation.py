@@ -73,6 +73,12 @@ def test_stereoisomers_are_right_in_constitution_alone(made) -> None:
     assert (found["constitution"], found["stereo"]) == (1, 0)
 
 
+def test_tautomers_are_one_in_connectivity_alone() -> None:
+    first, second = (entry.structure for entry in from_smiles(["Cc1ccn[nH]1", "Cc1cc[nH]n1"]))
+    found = evaluate({0: first}, {0: [second]}, at=(1,)).metrics
+    assert (found["connectivity"], found["constitution"], found["formula"]) == (1, 0, 1)
+
+
 def test_failures_count_as_zeros(made) -> None:
     truth = made["CCO"]
     found = evaluate(

@@ -8,11 +8,12 @@ import pytest
 import torch
 from rdkit import Chem
 
+from library.diffspectra.building import constitution_smiles
 from library.diffspectra.data import load_molecules
 from library.diffspectra.geometry import Geometry, geometry, geometry_distance, mmd
 from library.diffspectra.mces import empty_distance, mces_distance
 from library.diffspectra.molecules import Structure
-from library.diffspectra.similarity import functional_group_similarity, functional_groups, similarity
+from library.diffspectra.similarity import connectivity, functional_group_similarity, functional_groups, similarity
 from library.diffspectra.stability import (
     generation_metrics,
     released_smiles,
@@ -51,6 +52,8 @@ def test_similarities_are_the_golden_ones(pair: dict) -> None:
     assert functional_groups(truth) == pair["fg_true"]
     assert functional_groups(found) == pair["fg_pred"]
     assert functional_group_similarity(found, truth) == pytest.approx(pair["functional_group"])
+    assert (connectivity(truth) == connectivity(found)) is pair["connectivity_match"]
+    assert (constitution_smiles(truth) == constitution_smiles(found)) is pair["exact_smiles"]  # none has stereo
     if "mces" in pair:
         assert mces_distance(truth, found) == (pair["mces"], True)
 

@@ -33,6 +33,7 @@ BROUGHT = {"starlette": "fastapi", "grpcio": "ray", "sqlalchemy": "mlflow"}  # p
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 BENCH_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["bench"]]
+SIMULATE_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["simulate"]]
 FLAGGED = {
     **{f"run {name}": lambda name=name: job_class(name) for name in JOBS},
     **{f"tune {name}": lambda name=name: tune_job(name) for name in SPACES},
@@ -51,7 +52,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     assert not [version for version in pins.values() if "+" in version]  # a local build cannot be had elsewhere
-    for requirement in DEPENDENCIES + TEST_DEPENDENCIES + BENCH_DEPENDENCIES:
+    for requirement in DEPENDENCIES + TEST_DEPENDENCIES + BENCH_DEPENDENCIES + SIMULATE_DEPENDENCIES:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
@@ -78,7 +79,8 @@ def test_every_dependency_is_imported_and_says_what_for() -> None:
 
 
 def test_every_import_is_of_a_dependency() -> None:
-    declared = {canonicalize_name(need.name) for need in DEPENDENCIES} | set(BROUGHT) | {PROJECT["name"]}
+    needs = DEPENDENCIES + SIMULATE_DEPENDENCIES
+    declared = {canonicalize_name(need.name) for need in needs} | set(BROUGHT) | {PROJECT["name"]}
     distributions = packages_distributions()
     foreign = {
         (str(file.relative_to(ROOT)), module)

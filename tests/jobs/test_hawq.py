@@ -76,7 +76,7 @@ def test_a_language_model_is_quantised_by_two_workers_as_by_one(tmp_path):
     assert report.metrics["validation_loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
     assert report.tables["bits"]["bits"].tolist() == list(recipe.plan().bits.values())
     assert report.registered == "models:/hawq-lm/1"
-    with pytest.raises(InputError, match="no model 'nobody'|nobody"):
+    with pytest.raises(InputError, match="nobody"):
         HawqLanguageJob(recipe=recipe.model_copy(update={"lm": "models:/nobody/1"})).run()
 
 

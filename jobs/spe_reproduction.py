@@ -199,7 +199,7 @@ def counting_claim(counts: "pd.DataFrame", study: Study) -> Claim:
         measured=f"Simulated graphs of 10 to 30 nodes (regular ones without as many random edges), {train} to train "
         f"and {test} to test; one network for all four lengths, mean absolute error of standardised counts; width "
         f"{study.width}, {study.layers} + {study.layers} layers, d = {study.eigenpairs}, {study.steps} steps of "
-        f"{study.batch_size} graphs, layer norm in all arms.",
+        f"{study.batch_size} graphs, batch norm in all arms, as published.",
         verdict=f"at most {BETTER:g} of the error without encodings: {verdict(clearly, 'cases')}; "
         + "; ".join(f"below {name}: {verdict(values, 'cases')}" for name, values in rest.items()),
         findings=[

@@ -41,7 +41,7 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """Simulated graphs to count cycles in: training, validation, test."""
     eigenpairs: PositiveInt = 30
     """Eigenpairs that the counting networks use: all."""
-    steps: PositiveInt = 720
+    steps: PositiveInt = 600
     """Optimiser steps of each counting network."""
     batch_size: PositiveInt = 64
     """Graphs per step."""
@@ -76,9 +76,10 @@ def counting(study: Study, seed: int, arm: str) -> dict[str, Any]:
         rho_layers=study.layers,
         rho_hidden=study.width,
         mlp_hidden=study.width,
+        norm="batch",
         **ARMS[arm],
     )
-    backbone = Backbone(layers=study.layers, hidden=study.width, pooling="add")
+    backbone = Backbone(layers=study.layers, hidden=study.width, norm="batch", pooling="add")
     recipe = CountingRecipe(
         seed=seed,
         graphs=study.graphs,

@@ -141,7 +141,7 @@ def test_more_than_one_request_may_ask_for_is_413(client, served):
     response = client.post("/hallucination/predict", json=body)
     assert response.status_code == 413
     assert response.json()["error"].startswith("body: ")
-    with pytest.raises(InputError, match="hallucination: body: .* one request may ask for at most"):
+    with pytest.raises(InputError, match=r"hallucination: body: .* one request may ask for at most"):
         ask("hallucination", body, served.url)
 
 

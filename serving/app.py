@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 from library.errors import InputError, PrismError
 from serving.corrosion import Corrosion
@@ -45,6 +46,7 @@ LOG = logging.getLogger(__name__)
 REGISTRY_VARIABLES = ("PRISM_HOME", "MLFLOW_TRACKING_URI")
 READY_SECONDS = 600.0
 POLL_SECONDS = 0.5
+PORT_SECONDS = 30.0  # that a stopped Serve has to let go of its port
 OWN_ERROR = re.compile(r"library\.errors\.\w+: (.+)")
 
 
@@ -132,6 +134,18 @@ class Served:
             time.sleep(POLL_SECONDS)
         if self._started_serve:
             serve.shutdown()
+            self._wait_for_the_port()
+
+    def _wait_for_the_port(self) -> None:
+        """Serve's proxy may still end after its shutdown has returned; until then nobody else can have the port."""
+        address = urlsplit(self.url)
+        deadline = time.monotonic() + PORT_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection((address.hostname, address.port), timeout=1).close()
+            except OSError:
+                return
+            time.sleep(POLL_SECONDS)
 
     def wait(self) -> None:
         """Stay until interrupted. Raises PrismError when the cluster or its endpoints go away."""

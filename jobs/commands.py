@@ -170,12 +170,12 @@ def _given(args: Sequence[str]) -> Given:
 def _resumed(args: Sequence[str]) -> str | None:
     """The record of the run that a command line goes on with; None when it starts one, or names none that there is."""
     from cluster import storage
-    from cluster.registry_session import home
+    from jobs.folders import RUN, root_of
 
     name = _value(args, "--name")
     if "--resume" not in args or name is None:
         return None
-    place = storage.join(_value(args, "--storage") or home() / "runs", name, "job.json")
+    place = storage.join(root_of(RUN, _value(args, "--storage")), name, RUN.record)
     return place if storage.exists(place) else None
 
 

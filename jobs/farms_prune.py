@@ -2,8 +2,6 @@
 
 import json
 import time
-import uuid
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -11,9 +9,10 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from cluster import connect, registry, storage
+from cluster import connect, storage
 from jobs.board import Poster
 from jobs.farms import DEFAULT_MODEL, place_of_model
+from jobs.folders import RUN, new_folder, root_of
 from jobs.job import Job
 from jobs.report import Report
 from jobs.training import Scaling
@@ -85,8 +84,7 @@ class FarmsPruneJob(Job, frozen=True, extra="forbid"):
         source = place_of_model(self.model)
         connect()
         check_fits(self.scaling)
-        root = self.storage or str(registry.home() / "runs")
-        folder = storage.join(root, f"{self.job}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
+        folder = new_folder(RUN, root_of(RUN, self.storage), self.record(), prefix=self.job, resumable=False)
         pruned, target = self._pruned(str(source), folder)
         report = Report(
             job=self.job,

@@ -1,13 +1,10 @@
 """The driver's side of a training job: check, start Ray Train, show progress, stop on demand, keep the result."""
 
 import contextlib
-import json
 import os
 import time
 import traceback
-import uuid
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +12,7 @@ from cluster import connect, registry, storage
 from jobs import curves
 from jobs.checkpoint import Checkpoint, best_checkpoint, complete, model_weights
 from jobs.display import Display
+from jobs.folders import RUN, new_folder, resumed_folder, root_of
 from jobs.history import read_history
 from jobs.interrupts import counted_interrupts
 from jobs.report import Report
@@ -28,7 +26,6 @@ from library.weights import load_tensors
 if TYPE_CHECKING:
     from jobs.training import Outcome, TrainingJob
 
-RECORD = "job.json"
 LOG_S = 5.0  # between two writes to the registry
 
 
@@ -148,33 +145,21 @@ def _accelerator(job: "TrainingJob") -> str | None:
 
 def _open_folder(job: "TrainingJob") -> str:
     """The run's folder, made for a new run and checked for a resumed one."""
-    root = job.storage or str(registry.home() / "runs")
-    if job.resume and job.name is None:
-        raise InputError("resume needs the name of the run to go on with")
-    name = job.name or f"{job.job}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    folder = storage.join(root, name)
-    record = storage.join(folder, RECORD)
+    root = root_of(RUN, job.storage)
     if not job.resume:
-        if storage.exists(record):
-            raise InputError(f"a run {name!r} exists at {folder}; choose another name, or go on with it by --resume")
-        storage.write_bytes(record, json.dumps(job.record(), indent=1).encode())
-        return folder
-    if not storage.exists(record):
-        raise InputError(f"there is no run {name!r} at {root} to go on with; it has {_runs(root)}")
-    before = json.loads(storage.read_bytes(record))["recipe"]
+        return new_folder(RUN, root, job.record(), prefix=job.job, name=job.name)
+    if job.name is None:
+        raise InputError("resume needs the name of the run to go on with")
+    folder, record = resumed_folder(RUN, root, job.name)
+    before = record["recipe"]
     now = job.recipe.model_dump(mode="json")
     changed = sorted(key for key in before | now if before.get(key) != now.get(key))
     if changed:
         raise InputError(
-            f"run {name!r} was started with another recipe ({', '.join(changed)} differ); "
+            f"run {job.name!r} was started with another recipe ({', '.join(changed)} differ); "
             "a resumed run keeps its recipe: leave these options as they were, or start a new run"
         )
     return folder
-
-
-def _runs(root: str) -> str:
-    names = [name for name in storage.list(root) if not name.startswith(".")]
-    return ", ".join(names[-5:]) or "no runs"
 
 
 def _report(job: "TrainingJob", folder: str, name: str, notes: list[str]) -> Report:

@@ -1,16 +1,14 @@
 """Forecasts by quantum reservoirs on Ray: a task per reservoir and seed drives, a task per seed fits and measures."""
 
-import json
 import time
-import uuid
 from collections.abc import Mapping
-from datetime import datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from cluster import connect, registry, storage
+from cluster import connect, storage
+from jobs.folders import RUN, new_folder, root_of
 from jobs.job import Job
 from jobs.report import Report
 from jobs.reproduce import gather
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
     from library.qrc.forecaster import Forecaster
 
-RECORD = "job.json"
 COPIES = 2  # times that the first row is shown before a curve
 RAW_ALPHA = 1e-6  # of curves: the ridge on features as they are, over all rows together
 CURVE_CLIP = (-1.0, 2.0)
@@ -196,13 +193,8 @@ class QrcJob(Job, frozen=True, extra="forbid"):
         return found if self.table else found | _dose_response(self.nowcast, wanted)
 
     def _folder(self) -> str:
-        root = self.storage or str(registry.home() / "runs")
-        name = self.name or f"{self.job}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-        folder = storage.join(root, name)
-        if storage.exists(storage.join(folder, RECORD)):
-            raise InputError(f"a run {name!r} exists at {folder}; choose another name")
-        storage.write_bytes(storage.join(folder, RECORD), json.dumps(self.record(), indent=1).encode())
-        return folder
+        root = root_of(RUN, self.storage)
+        return new_folder(RUN, root, self.record(), prefix=self.job, name=self.name, resumable=False)
 
 
 def _slow(scales: list[dict[str, Any]], washout: int) -> list[str]:

@@ -9,14 +9,13 @@ import json
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from cluster import connect, registry, storage
+from cluster import connect, storage
+from jobs.folders import SEARCH, new_folder, resumed_folder, root_of
 from jobs.job import Job
 from jobs.qrc import QrcJob
 from jobs.qrc_trials import Batch, Evaluated, Ledger, draw, evaluate_onions, evaluate_pool, hybrid
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from library.qrc.reservoir import QuantumReservoir
     from library.qrc.selection import Step
 
-RECORD, BEST = "search.json", "best.json"
+BEST = "best.json"
 SHARED = ("mode", "size", "encoding")  # what the reservoirs of a batch have in common, so that they evolve as one
 STARTUP = 8  # batches that are drawn at random, before the searcher knows anything of these
 
@@ -127,19 +126,10 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
 
     def _open(self) -> tuple["QrcSearch", str]:
         """The search that is meant, and its folder: made for a new one, read for one that goes on."""
-        root = self.storage or str(registry.home() / "searches")
+        root = root_of(SEARCH, self.storage)
         if self.resume is None:
-            name = self.name or f"{self.space}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-            folder = storage.join(root, name)
-            if storage.exists(storage.join(folder, RECORD)):
-                raise InputError(f"a search {name!r} exists at {folder}; choose another name, or go on with --resume")
-            storage.write_bytes(storage.join(folder, RECORD), json.dumps(self.record(), indent=1).encode())
-            return self, folder
-        folder = storage.join(root, self.resume)
-        if not storage.exists(storage.join(folder, RECORD)):
-            known = ", ".join(name for name in storage.list(root) if not name.startswith(".")) or "no searches"
-            raise InputError(f"there is no search {self.resume!r} at {root} to go on with; it has {known}")
-        content = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
+            return self, new_folder(SEARCH, root, self.record(), prefix=self.space, name=self.name)
+        folder, content = resumed_folder(SEARCH, root, self.resume)
         if content.get("job") != self.job:
             raise InputError(f"search {self.resume!r} is of {content.get('space', 'another kind')}, not of qrc")
         before = QrcSearch.model_validate({key: value for key, value in content.items() if key != "job"})

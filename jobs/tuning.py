@@ -9,16 +9,15 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Mapping
-from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, create_model, model_validator
 
-from cluster import connect, registry, storage
+from cluster import connect, storage
 from jobs import job_class
+from jobs.folders import SEARCH, new_folder, resumed_folder, root_of
 from jobs.job import Job
 from jobs.pareto import kept_of_front
 from jobs.report import Report
@@ -32,7 +31,6 @@ from tune_spaces.space import Searcher, Space
 if TYPE_CHECKING:
     from jobs.search import Journal, TrialRecord
 
-RECORD = "search.json"
 REFERENCE = "reference.json"
 PREPARED = "prepared.json"
 BEST = "best.json"
@@ -96,20 +94,11 @@ class TuneJob(Job, frozen=True, extra="forbid"):
 
     def _open(self) -> tuple["TuneJob", str]:
         """The search that is meant, and its folder: made for a new one, read for one that goes on."""
-        root = self.storage or str(registry.home() / "searches")
+        root = root_of(SEARCH, self.storage)
         if self.resume is None:
-            name = self.name or f"{self.space}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-            folder = storage.join(root, name)
-            if storage.exists(storage.join(folder, RECORD)):
-                raise InputError(f"a search {name!r} exists at {folder}; choose another name, or go on with --resume")
             SPACES[self.space].of(self.base)
-            storage.write_bytes(storage.join(folder, RECORD), json.dumps(self.record(), indent=1).encode())
-            return self, folder
-        folder = storage.join(root, self.resume)
-        if not storage.exists(storage.join(folder, RECORD)):
-            known = ", ".join(name for name in storage.list(root) if not name.startswith(".")) or "no searches"
-            raise InputError(f"there is no search {self.resume!r} at {root} to go on with; it has {known}")
-        content = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
+            return self, new_folder(SEARCH, root, self.record(), prefix=self.space, name=self.name)
+        folder, content = resumed_folder(SEARCH, root, self.resume)
         before = TuneJob.model_validate({key: value for key, value in content.items() if key != "job"})
         if before.space != self.space:
             raise InputError(f"search {self.resume!r} is over space {before.space!r}, not {self.space!r}")

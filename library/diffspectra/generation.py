@@ -151,6 +151,4 @@ def _check(network: Conditioned, *, samples: int, steps: int, guidance: float, a
         if value < 1:
             raise InputError(f"{name}: {value} must be at least 1")
     if guidance != 1 and network.null is None:
-        raise InputError(
-            f"guidance {guidance:g}: use 1, or a network that was trained with condition_dropout"
-        )
+        raise InputError(f"guidance {guidance:g}: use 1, or a network that was trained with condition_dropout")

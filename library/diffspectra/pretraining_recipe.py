@@ -145,7 +145,7 @@ class PretrainingRecipe(Recipe, frozen=True, extra="forbid"):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[PretrainingBatch]) -> dict[str, float]:
-        """The losses, the contrast among all molecules, and `matched`: the share whose nearest spectrum is their own."""
+        """The losses, the contrast among all molecules, and `matched`: whose nearest spectrum is their own."""
         sums: dict[str, float] = {}
         molecules, spectra, total = [], [], 0
         for batch in batches:

@@ -22,10 +22,10 @@ class SpecFormerSettings(BaseModel, frozen=True, extra="forbid"):
 
     modalities: tuple[str, ...] = MODALITIES
     """Spectra that are read, of uv, ir and raman."""
-    patch_length: tuple[PositiveInt, PositiveInt, PositiveInt] = (20, 50, 50)
-    """Points in a patch of uv, ir, raman."""
-    stride: tuple[PositiveInt, PositiveInt, PositiveInt] = (10, 25, 25)
-    """Points from one patch to the next."""
+    patch_length: tuple[PositiveInt, PositiveInt, PositiveInt] = (40, 100, 100)
+    """Points in a patch of uv, ir, raman; 20, 50, 50 in the paper."""
+    stride: tuple[PositiveInt, PositiveInt, PositiveInt] = (20, 50, 50)
+    """Points from one patch to the next; 10, 25, 25 in the paper."""
     width: PositiveInt = 32
     """Channels of a token; 128 in the paper."""
     heads: PositiveInt = 4
@@ -60,7 +60,8 @@ class SpecFormerSettings(BaseModel, frozen=True, extra="forbid"):
         >>> SpecFormerSettings.paper().patches("ir")
         139
         """
-        return cls(**{"modalities": modalities, "width": 128, "heads": 16, "layers": 3, "features": 256, **changed})
+        sizes = {"patch_length": (20, 50, 50), "stride": (10, 25, 25), "width": 128, "heads": 16, "layers": 3}
+        return cls(**{"modalities": modalities, **sizes, "features": 256, **changed})
 
     def length(self, modality: str) -> int:
         """Points in a patch."""

@@ -101,7 +101,7 @@ class CosineSchedule(NoiseSchedule):
 
     def _log_alpha(self, time: Tensor) -> Tensor:
         cosine = torch.cos(0.5 * math.pi * (time + self.offset) / (1 + self.offset)).clamp(min=self.least_cosine)
-        return cosine.log() - math.log(math.cos(0.5 * math.pi * self.offset / (1 + self.offset)))
+        return (cosine.log() - math.log(math.cos(0.5 * math.pi * self.offset / (1 + self.offset)))).clamp(max=0)
 
     def _time(self, log_alpha: Tensor) -> Tensor:
         cosine = log_alpha.exp() * math.cos(0.5 * math.pi * self.offset / (1 + self.offset))

@@ -89,16 +89,16 @@ class EncoderLayer(nn.Module):
         self.last_norm = GlobalBatchNorm(width)
 
     def forward(self, tokens: Tensor, scores: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, P, d), scores (B, heads, P, P) before softmax, and which pairs may attend (P, P), to both anew."""
+        """Tokens (B, P, d), scores (B heads, P, P) before softmax, and which pairs may attend (P, P), to both anew."""
         b, p, d = tokens.shape
         query, key, value = (
-            linear(tokens).view(b, p, self.heads, d // self.heads).transpose(1, 2)
+            linear(tokens).view(b, p, self.heads, d // self.heads).transpose(1, 2).flatten(0, 1)
             for linear in (self.query, self.key, self.value)
         )
-        own = query @ key.transpose(2, 3) * (d // self.heads) ** -0.5
-        scores = own if scores is None else own + scores
+        query, key = query * (d // self.heads) ** -0.5, key.transpose(1, 2)
+        scores = query @ key if scores is None else torch.baddbmm(scores, query, key)
         seen = scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
-        mixed = (seen.softmax(-1) @ value).transpose(1, 2).reshape(b, p, d)
+        mixed = (seen.softmax(-1) @ value).view(b, self.heads, p, -1).transpose(1, 2).reshape(b, p, d)
         tokens = self._normalised(self.attention_norm, tokens + self.out(mixed))
         return self._normalised(self.last_norm, tokens + self.last(F.gelu(self.first(tokens)))), scores
 

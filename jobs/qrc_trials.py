@@ -4,6 +4,7 @@ A batch is one Ray task. It is written down when it is drawn and again when it h
 killed does those batches again that were running, with the same configurations, and no other.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -128,7 +129,9 @@ def draw(
             return drawn[:size]
         if drawn and shared:
             fixed = {name: drawn[0][name] for name in shared}
-            study.sampler = optuna.samplers.PartialFixedSampler(fixed, sampler)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.sampler = optuna.samplers.PartialFixedSampler(fixed, sampler)
         values = study.ask(distributions).params
         if fits(values):
             drawn.append(values)

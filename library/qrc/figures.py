@@ -100,17 +100,17 @@ def draw_disk(axis: "Axes", spectra: Sequence[Spectrum]) -> None:
     for steps in SCALES:
         radius = float(torch.exp(torch.tensor(-1.0 / steps)))
         axis.plot(radius * angle.cos(), radius * angle.sin(), color="0.8", lw=0.7, zorder=0)
-    axis.text(0.0, 1.09, "circles: a mode there lasts 1, 3, 10, 30 steps", fontsize=7, color="0.4", ha="center")
     for spectrum, colour in zip(spectra, _colours(), strict=False):
         values = spectrum.eigenvalues.flatten()
         values = values[values.abs() > ZERO]
         axis.plot(values.real, values.imag, "o", color=colour, ms=3.2, alpha=0.75, mew=0)
     axis.set_aspect("equal")
     axis.set_xlim(-1.08, 1.08)
-    axis.set_ylim(-1.08, 1.26)
+    axis.set_ylim(-1.08, 1.08)
     axis.set_xticks([-1, 0, 1])
     axis.set_yticks([-1, 0, 1])
-    axis.set_xlabel("real part", fontsize=9)
+    lasting = ", ".join(map(str, SCALES))
+    axis.set_xlabel(f"real part\ncircles: lasts {lasting} steps", fontsize=9)
     axis.set_ylabel("imaginary part", fontsize=9)
     _bare(axis)
 

@@ -180,11 +180,12 @@ class SendRecipe(Recipe, frozen=True, extra="forbid"):
 
     def datasets(self) -> Splits:
         made = self.material()
+        splits = token_splits(made, self.context, self.corpus, self.validation_blocks)
         if self._tracks():
             material.tracking_texts(made.validation, self.tracking_texts, self.context)
         if self.prompts:
             material.prompts(made.test, self.prompts, self.prompt_tokens)
-        return token_splits(made, self.context, self.corpus, self.validation_blocks)
+        return splits
 
     def model(self) -> SensitivityDropout:
         tokenizer = self.material().tokenizer

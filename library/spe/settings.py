@@ -51,8 +51,8 @@ class Encoding(BaseModel, frozen=True, extra="forbid"):
     """Layers of the perceptrons inside it."""
     mlp_hidden: PositiveInt = 32
     """Width inside them."""
-    norm: NormName = "layer"
-    """Norm inside them: layer (no graph sees another), batch (as released for ZINC), none."""
+    norm: NormName = "batch"
+    """Norm inside them: batch (as released for ZINC), layer (faster, no graph sees another), none."""
     between: bool = False
     """Batch norm between the layers of the outer GIN."""
 
@@ -90,8 +90,8 @@ class Backbone(BaseModel, frozen=True, extra="forbid"):
     """Layers of its perceptrons."""
     mlp_hidden: PositiveInt | None = None
     """Width inside them; None is `hidden`."""
-    norm: NormName = "layer"
-    """Norm inside them: layer, batch (as released), none."""
+    norm: NormName = "batch"
+    """Norm inside them: batch (as released), layer, none."""
     join: Literal["add", "concat"] = "add"
     """At the input, add a linear map of the encodings to the features, or concatenate and mix."""
     inject: Literal["input", "every_layer"] = "input"

@@ -130,7 +130,7 @@ def _spectra(graphs: tuple[int, int, int], eigenpairs: int) -> Any:
 def _changes(before: Graphs, after: Graphs, pairs: int, seed: int) -> list[dict[str, Any]]:
     distances, rows = laplacian_distance(before, after).tolist(), []
     for name, method in ENCODERS.items():
-        encoding = Encoding(method=method, eigenpairs=pairs, width=16, multiplicities=37)
+        encoding = Encoding(method=method, eigenpairs=pairs, width=16, multiplicities=37, norm="layer")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             encoder = make_encoder(encoding).double().eval()

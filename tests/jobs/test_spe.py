@@ -23,7 +23,7 @@ from library.spe.recipe import SpeRecipe
 from library.spe.settings import Backbone, Encoding
 from tests.jobs.toy import run_workers
 
-SMALL = {"eigenpairs": 8, "width": 4, "channels": 2, "rho_layers": 2, "rho_hidden": 8, "mlp_hidden": 8}
+SMALL = {"eigenpairs": 8, "width": 4, "channels": 2, "rho_layers": 2, "rho_hidden": 8, "mlp_hidden": 8, "norm": "layer"}
 Case = tuple[str, dict, str]
 CASES: dict[str, Case] = {
     "ddp": ("ddp", {}, "layer"),

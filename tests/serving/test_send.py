@@ -119,7 +119,6 @@ def test_the_examples_of_the_page_work(client):
         ("hallucination", {"prompt": "a", "layer": 77}, "layer"),
         ("hallucination", {"prompt": "a" * 3000}, "prompt"),
         ("hallucination", {"prompts": ["fine", "a" * 3000]}, "prompts[1]"),
-        ("hallucination", {"prompts": ["a"] * 64}, "body"),
         ("hallucination", {"embeddings": [[1, 2], [3]]}, "embeddings[1]"),
         ("hallucination", {"embeddings": [[1, 2, 3], [3, 4]]}, "embeddings"),
         ("hallucination", {"embeddings": [[1, 2], [3, 1e300]]}, "embeddings"),
@@ -135,6 +134,15 @@ def test_bad_bodies_name_their_field(client, served, name, body, field):
     assert field in [entry["field"] for entry in response.json()["fields"]]
     with pytest.raises(InputError, match=f"{name}: .*{field.partition('[')[0]}"):
         ask(name, body, served.url)
+
+
+def test_more_than_one_request_may_ask_for_is_413(client, served):
+    body = {"prompts": ["a"] * 64}
+    response = client.post("/hallucination/predict", json=body)
+    assert response.status_code == 413
+    assert response.json()["error"].startswith("body: ")
+    with pytest.raises(InputError, match=r"hallucination: body: .* one request may ask for at most"):
+        ask("hallucination", body, served.url)
 
 
 def test_too_large_a_body_is_refused_and_other_paths_are_not_there(client, served):

@@ -67,6 +67,12 @@ JOBS = {
     "rqgnn-features": JobEntry(
         "rqgnn", "jobs.rqgnn_features:RqgnnFeaturesJob", "compute Rayleigh features of many graphs into Parquet"
     ),
+    "diffspectra": JobEntry(
+        "diffspectra", "jobs.diffspectra:DiffSpectraJob", "train the diffusion that finds molecules from spectra"
+    ),
+    "diffspectra-pretrain": JobEntry(
+        "diffspectra", "jobs.diffspectra_pretrain:DiffSpectraPretrainJob", "pre-train its encoder of spectra"
+    ),
     "diffspectra-simulate": JobEntry(
         "diffspectra", "jobs.diffspectra_simulate:DiffSpectraSimulateJob", "compute spectral lines of your molecules"
     ),

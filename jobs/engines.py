@@ -88,7 +88,7 @@ class DataParallel:
 
     def __init__(self, recipe: Recipe, model: nn.Module, precision: Precision) -> None:
         self._module = model
-        self._clip = recipe.clip_norm
+        self._recipe = recipe
         self.optimizer = recipe.optimizer(model)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a new name for the argument
             wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -104,8 +104,9 @@ class DataParallel:
         loss.backward()
 
     def step(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._clip or float("inf"))
-        return _finish_step(self.optimizer, norm)
+        limit = self._recipe.largest_norm(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._module.parameters(), limit or float("inf"))
+        return _finish_step(self._recipe, self.optimizer, norm)
 
     def pieces(self) -> Iterator[Piece]:
         ranks, me = collective.world_size(), collective.rank()
@@ -141,7 +142,7 @@ class FullyShardedDataParallel:
         self.model = fully_shard(model, mesh=mesh, mp_policy=policy)
         for _, buffer in self.model.named_buffers():
             buffer.data = buffer.data.to(device)
-        self._clip = recipe.clip_norm
+        self._recipe = recipe
         self.optimizer = recipe.optimizer(self.model)
 
     def begin(self, *, last: bool) -> None:
@@ -152,8 +153,9 @@ class FullyShardedDataParallel:
         loss.backward()
 
     def step(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip or float("inf"))
-        return _finish_step(self.optimizer, norm.full_tensor())
+        limit = self._recipe.largest_norm(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
+        return _finish_step(self._recipe, self.optimizer, norm.full_tensor())
 
     def pieces(self) -> Iterator[Piece]:
         for name, parameter in self.model.named_parameters():
@@ -210,11 +212,11 @@ class Zero:
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         deepspeed = _quiet_deepspeed(compile_ops=device.type != "cpu")
-        self._stage = stage
+        self._recipe, self._stage = recipe, stage
         self.optimizer = recipe.optimizer(model)
         buffers = dict(model.named_buffers())  # DeepSpeed rounds them to bf16 with the weights
         self.model, self._zero, _, _ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=_zero_config(stage, precision, recipe.clip_norm)
+            model=model, optimizer=self.optimizer, config=_zero_config(stage, precision)
         )
         self._module = self.model.module
         if precision == "bf16":
@@ -231,10 +233,12 @@ class Zero:
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
+        self._zero.clip_grad = self._recipe.largest_norm(self.optimizer) or 0.0
         self.model.step()
         norm = float(self._zero._global_grad_norm)
         if self._zero.overflow:
             raise NonFiniteError(f"gradient norm {norm}")
+        self._recipe.note_norm(self.optimizer, norm)
         return norm
 
     def pieces(self) -> Iterator[Piece]:
@@ -314,12 +318,13 @@ def restore_optimizer_record(optimizer: Optimizer, record: dict[str, Any]) -> No
             state["step"] = torch.tensor(record["step"], dtype=torch.float32)
 
 
-def _finish_step(optimizer: Optimizer, norm: Tensor) -> float:
+def _finish_step(recipe: Recipe, optimizer: Optimizer, norm: Tensor) -> float:
     value = float(norm)
     if value != value or value == float("inf"):
         raise NonFiniteError(f"gradient norm {value}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    recipe.note_norm(optimizer, value)
     return value
 
 
@@ -373,7 +378,7 @@ def _quiet_deepspeed(*, compile_ops: bool) -> Any:
     return deepspeed
 
 
-def _zero_config(stage: int, precision: Precision, clip: float | None) -> dict[str, Any]:
+def _zero_config(stage: int, precision: Precision) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes are the loop's business: DeepSpeed only needs them to be consistent."""
     zero: dict[str, Any] = {
         "stage": stage,
@@ -387,7 +392,6 @@ def _zero_config(stage: int, precision: Precision, clip: float | None) -> dict[s
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},

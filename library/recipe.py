@@ -84,6 +84,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """The learning-rate schedule, stepped once per optimiser step; None keeps the rate."""
         return None
 
+    def largest_norm(self, optimizer: Optimizer) -> float | None:
+        """The norm down to which the gradient of the coming step is scaled where it is larger; None keeps any."""
+        return self.clip_norm
+
+    def note_norm(self, optimizer: Optimizer, norm: float) -> None:
+        """Called after every optimiser step, on all workers alike, with the gradient's norm before it was scaled.
+
+        What a limit that adapts must remember lives in the optimiser's first parameter group, as a number or a tuple
+        of numbers: checkpoints keep it.
+        """
+
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars, each the mean over the `count(batch)` units of the batch; `loss` is what is minimised."""
         raise NotImplementedError
@@ -212,11 +223,12 @@ def fit(
         model.train()
         losses = recipe.losses(model, to_device(make_batch(splits, splits.train, indices, keys), device))
         losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.largest_norm(optimizer) or float("inf"))
         if not torch.isfinite(norm):
             raise NonFiniteError(f"gradient norm {float(norm)} at step {step + 1}, samples {indices[:8].tolist()} ...")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        recipe.note_norm(optimizer, float(norm))
         if schedule is not None:
             schedule.step()
         model.eval()

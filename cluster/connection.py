@@ -27,6 +27,7 @@ NOT_SHIPPED = (
     ".*_cache/",
     ".hypothesis/",
 )
+CLIENT_PROCESS_FAILED = "Starting Ray client server failed"  # Ray's words
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 ALLOWED = "allowed are local, auto, HOST:PORT and ray://HOST:PORT"
 NODE_WAIT = 3.0  # seconds for a node that has just been started on this machine to appear in the cluster
@@ -119,12 +120,24 @@ def connect(
         probe.ray_cluster(target)
         _await_local_node(target)
     try:
-        ray.init(target or "local", **options)
+        _init(target, options)
     except (RuntimeError, ValueError, ConnectionError, TimeoutError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = lines[-1] if "Traceback" in str(error) else lines[0]  # a server's trace ends with its cause
         raise PrismError(f"cannot {_verb(target)}: {reason}") from error
     return _found(target, started=target is None, joined=True)
+
+
+def _init(target: str | None, options: dict[str, Any]) -> None:
+    """Start or join Ray. A Ray Client server starts a process for each client; on a busy head that fails at times."""
+    import ray
+
+    try:
+        ray.init(target or "local", **options)
+    except ConnectionError as error:
+        if CLIENT_PROCESS_FAILED not in str(error):
+            raise
+        ray.init(target, **options)
 
 
 def runtime_environment(*, ship: bool) -> dict[str, Any]:

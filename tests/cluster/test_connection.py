@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -77,7 +78,7 @@ connection.disconnect()
 def join(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     return subprocess.run(
-        [sys.executable, "-c", JOINER], env=os.environ | path | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", JOINER], env=os.environ | path | environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -117,11 +118,27 @@ def client_server(ray_cluster, closed_port) -> Iterator[str]:
 
 def test_another_machine_joins_through_ray_client_and_ships_the_project(client_server):
     done = join(client_server)
-    assert done.returncode == 0, done.stderr
+    logs = Path("/tmp/ray/session_latest/logs").glob("ray_client_server*")
+    assert done.returncode == 0, "\n".join([done.stderr, *(file.read_text()[-5000:] for file in logs)])
     started, cpus, threads, folder = done.stdout.split()
     assert (started, cpus, threads) == ("False", "4.0", "1")
     assert "working_dir_files" in folder
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("reason", "tries"), [("Starting Ray client server failed. See its log.", 2), ("Refused", 1)])
+def test_a_client_process_that_fails_to_start_gets_a_second_chance(no_ray, monkeypatch, reason, tries):
+    calls = []
+
+    def init(address: str, **options: object) -> None:
+        calls.append(address)
+        raise ConnectionAbortedError(f"Initialization failure from server:\nTraceback:\nRuntimeError: {reason}")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(probe, "ray_client", lambda address: None)
+    with pytest.raises(PrismError, match=f"ray://head:10001: RuntimeError: {reason}"):
+        connect("ray://head:10001")
+    assert calls == ["ray://head:10001"] * tries
 
 
 def test_inside_a_ray_job_what_the_job_set_is_left_alone(ray_cluster):

@@ -5,7 +5,7 @@ loss curve, because batches are a function of (seed, step) alone and losses are 
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library import order
 from library.artifact import Artifact, write_artifact
 from library.errors import InputError, NonFiniteError
-from library.weights import state_tensors
+from library.weights import load_tensors, state_tensors
 
 Batch = Any
 
@@ -148,6 +148,15 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def stored(self, model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """What an artifact holds of the trained `model`, whose whole `state` is given; by default all as it is."""
         return state
+
+    def restored(self, weights: Mapping[str, Tensor], *, source: str) -> nn.Module:
+        """The model with the weights of an artifact, as `stored` gave them. Raises ArtifactError where they do not fit.
+
+        `source` says in errors where the weights are from.
+        """
+        model = seeded_model(self)
+        load_tensors(model, weights, source=source)
+        return model
 
     def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Named tensors and named texts that the artifact holds beside the weights (a tokeniser, a calibration)."""

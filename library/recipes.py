@@ -7,8 +7,7 @@ from torch import nn
 
 from library.artifact import Artifact
 from library.errors import ArtifactError, InputError
-from library.recipe import Recipe, seeded_model
-from library.weights import load_tensors
+from library.recipe import Recipe
 
 # Kind of artifact: its recipe. Not here are kinds that keep other weights than they train, such as packed integers.
 RECIPES = {
@@ -17,6 +16,8 @@ RECIPES = {
     "farms-classifier": "library.farms.recipe:BalancedClassifierRecipe",
     "rqgnn": "library.rqgnn.recipe:RqgnnRecipe",
     "spe": "library.spe.recipe:SpeRecipe",
+    "diffspectra": "library.diffspectra.recipe:DiffSpectraRecipe",
+    "diffspectra-pretrain": "library.diffspectra.pretraining_recipe:PretrainingRecipe",
 }
 
 
@@ -44,6 +45,4 @@ def recipe_of(artifact: Artifact) -> Recipe:
 def trained_model(artifact: Artifact) -> tuple[nn.Module, Recipe]:
     """The model of an artifact with its trained weights, and its recipe. Raises what `recipe_of` and loading raise."""
     recipe = recipe_of(artifact)
-    model = seeded_model(recipe)
-    load_tensors(model, artifact.weights(), source=str(artifact.path))
-    return model, recipe
+    return recipe.restored(artifact.weights(), source=str(artifact.path)), recipe

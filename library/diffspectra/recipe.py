@@ -203,6 +203,12 @@ class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
         """The averaged weights, under the names of a `Conditioned` network."""
         return ((name.removeprefix("average."), value) for name, value in state if name.startswith("average."))
 
+    def restored(self, weights: Mapping[str, Tensor], *, source: str) -> DiffusionModel:
+        """The model whose network and average both are the averaged one, without the artifact it was begun from."""
+        network = self.network()
+        load_tensors(network, weights, source=source)
+        return DiffusionModel(network, noise_schedule(self.noise), size_groups=self.size_groups)
+
 
 def load_diffspectra(artifact: Artifact) -> tuple[Conditioned, DiffSpectraRecipe]:
     """The network of an artifact of kind `diffspectra` in evaluation mode, and its recipe. Raises ArtifactError."""
@@ -212,9 +218,7 @@ def load_diffspectra(artifact: Artifact) -> tuple[Conditioned, DiffSpectraRecipe
         recipe = DiffSpectraRecipe.model_validate(artifact.recipe)
     except ValueError as error:
         raise ArtifactError(f"{artifact.path}: its recipe does not fit: {str(error).splitlines()[0]}") from error
-    network = recipe.network()
-    load_tensors(network, artifact.weights(), source=str(artifact.path))
-    return network.eval(), recipe
+    return recipe.restored(artifact.weights(), source=str(artifact.path)).average.eval(), recipe
 
 
 def warmed_up(step: int, *, warmup: int) -> float:

@@ -20,6 +20,7 @@ from library.diffspectra.schedule import noise_schedule
 from library.diffspectra.specformer import SpecFormer, SpecFormerSettings
 from library.errors import ArtifactError, InputError
 from library.recipe import fit, make_batch, seeded_model
+from library.recipes import trained_model
 from tests.library.diffspectra_cases import PATCHES, golden
 
 ENCODER = SpecFormerSettings(**PATCHES, width=8, heads=2, layers=1, features=16)
@@ -56,6 +57,12 @@ def test_training_learns_and_its_artifact_gives_candidates(tmp_path):
         assert artifact.metrics[name] < 0.9 * before[name], name
     network, again = load_diffspectra(open_artifact(artifact.path))
     assert again == recipe
+    model, same = trained_model(artifact)
+    assert same == recipe
+    averaged = network.state_dict()
+    for kept in (model.network, model.average):
+        assert all(torch.equal(value, averaged[name]) for name, value in kept.state_dict().items())
+    assert validated(recipe, model.eval()) == pytest.approx(artifact.metrics, rel=1e-4)
     assert not [name for name in artifact.shapes() if name.startswith(("network.", "average."))]
     batch = first_batch(recipe, 2)
     present = torch.tensor([[True, False, True]] * 2)

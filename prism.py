@@ -1,20 +1,21 @@
 """The front door: the `prism` command. Each verb is a dataclass whose fields are its flags; the work is elsewhere."""
 
+import contextlib
 import json
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from jobs import commands, registry_commands
+from jobs import cluster_commands, commands, registry_commands
 from jobs.commands import (
     BAD_INPUT,
     FAILED,
@@ -28,6 +29,9 @@ from jobs.commands import (
     terminate_like_interrupt,
 )
 from library.errors import ArtifactError, InputError, PrismError
+
+if TYPE_CHECKING:
+    from serving.app import Served
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,20 @@ class Serve(OnCluster):
     """Port to listen on."""
 
     def __call__(self) -> int:
+        with self.deployed() as served:
+            lines = [
+                f"{name} serves {reference}\n  POST {served.url}/{name}/predict\n  page {served.url}/{name}/docs"
+                for name, reference in served.endpoints.items()
+            ]
+            lines.append(f"try: prism ask {next(iter(served.endpoints))} --url {served.url}    stop: Ctrl-C")
+            self.console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+            self.finish({"url": served.url, "endpoints": served.endpoints})
+            served.wait()
+        return SUCCESS
+
+    @contextlib.contextmanager
+    def deployed(self) -> "Iterator[Served]":
+        """The endpoints that the flags name, until the block ends."""
         from serving.app import serve_endpoints
 
         pairs = [pair.partition("=") for pair in self.artifact]
@@ -82,13 +100,22 @@ class Serve(OnCluster):
         names = list(dict.fromkeys([*self.endpoints, *artifacts])) if self.endpoints else None
         with serve_endpoints(names, artifacts, host=self.host, port=self.port, address=self.address) as served:
             terminate_like_interrupt()
-            lines = [
-                f"{name} serves {reference}\n  POST {served.url}/{name}/predict\n  page {served.url}/{name}/docs"
-                for name, reference in served.endpoints.items()
-            ]
-            lines.append(f"try: prism ask {next(iter(served.endpoints))} --url {served.url}    stop: Ctrl-C")
+            yield served
+
+
+@dataclass(frozen=True)
+class Console(Serve):
+    """Deploy endpoints and a web page to try them on, until Ctrl-C."""
+
+    def __call__(self) -> int:
+        from serving.app import ENDPOINTS
+        from serving.console import serve_console
+
+        with self.connected(room=len(ENDPOINTS)), self.deployed() as served, serve_console(served) as page:
+            lines = [f"{name} serves {reference}" for name, reference in served.endpoints.items()]
+            lines.append(f"open {page} in a browser    stop: Ctrl-C")
             self.console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-            self.finish({"url": served.url, "endpoints": served.endpoints})
+            self.finish({"url": page, "endpoints": served.endpoints})
             served.wait()
         return SUCCESS
 
@@ -185,6 +212,7 @@ VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
     "run": commands.run,
     "tune": commands.tune,
     "serve": Serve,
+    "console": Console,
     "ask": Ask,
     "reproduce": commands.reproduce,
     "registry list": registry_commands.RegistryList,
@@ -192,6 +220,7 @@ VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
     "registry push": registry_commands.RegistryPush,
     "registry promote": registry_commands.RegistryPromote,
     "cluster local": ClusterLocal,
+    "cluster render": cluster_commands.ClusterRender,
     "demo": Demo,
 }
 MISUNDERSTOOD = (InputError, ArtifactError)

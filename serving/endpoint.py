@@ -1,9 +1,31 @@
-"""The shape of every endpoint: what a subclass declares, and how requests share calls of its model."""
+"""The shape of every endpoint: what a subclass declares, and how requests share calls of its model.
 
+An answer that takes seconds shows its progress and stops when nobody waits for it any more. Its endpoint writes
+`answer` as a generator that yields a `Progress` after each step, and returns the responses:
+
+    class Sampler(Endpoint):
+        ...
+
+        def answer(self, requests):
+            state = self.start(requests)                   # raises InputError before the first step
+            for step in range(self.steps):
+                state = self.advance(state)
+                yield Progress(done=step + 1, total=self.steps)
+            return [self.response(part) for part in state]
+
+Nothing else is to be done. Over HTTP a client that asks with `Accept: text/event-stream` gets an `event: progress` for
+each `Progress` while it happens and then the response as `event: result`; another client gets the response alone.
+After each step it is looked whether somebody still waits for one of `requests`; when all of them have gone away, or
+were given up after the time limit, the generator is closed at its `yield` (`finally` blocks run) and the next requests
+have their turn. A subclass of `Progress` may show more than numbers.
+"""
+
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import closing
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import JsonDict
@@ -32,6 +54,30 @@ class Response(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: str = Field(description="Version of the artifact that answered: twelve hexadecimal digits.")
+
+
+class Progress(BaseModel):
+    """How far an answer is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    done: int = Field(ge=0, description="Steps behind it.")
+    total: int = Field(ge=1, description="Steps in all.")
+
+
+class Waiting(Protocol):
+    """Who waits for the answer to one request, as the model's thread sees them."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def show(self, progress: Progress) -> None:
+        """Tell them."""
+
+
+class Abandoned(Exception):
+    """Nobody waits for the answer any more."""
 
 
 def optional(**constraints: Any) -> Any:
@@ -83,10 +129,11 @@ class Endpoint(ABC):
         """Requests of equal groups can be answered by one call of the model."""
 
     @abstractmethod
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
+    def answer(self, requests: Sequence[Any]) -> list[Any] | Generator[Progress, None, list[Any]]:
         """The responses to requests of one group, each as if it had come alone (up to the rounding of arithmetic).
 
-        Raises InputError that begins with the field, `field: problem`, when a request cannot be answered.
+        A slow one is a generator of its progress that returns the responses; see the module's docstring. Raises
+        InputError that begins with the field, `field: problem`, when a request cannot be answered.
         """
 
     def limits(self) -> dict[str, int]:
@@ -94,21 +141,29 @@ class Endpoint(ABC):
         return {}
 
 
-def answer_batch(endpoint: Endpoint, requests: Sequence[Any]) -> list[Any]:
-    """Response or exception for each request, with one call of the model for each group.
+def has_steps(endpoint: Endpoint) -> bool:
+    """Whether the endpoint shows progress and can be stopped between steps."""
+    return inspect.isgeneratorfunction(endpoint.answer)
 
-    When a call fails, its requests are halved until those at fault are alone: they get the exception, the others
-    their answers.
+
+def answer_batch(
+    endpoint: Endpoint, requests: Sequence[Any], waiting: Sequence[Waiting] = ()
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Answer requests with one call of the model for each group; after each call, the places and outcomes of its group.
+
+    An outcome is a response or an exception. When a call fails, its requests are halved until those at fault are
+    alone: they get the exception, the others their answers. `waiting`, one for each request, are shown the progress of
+    a slow answer; a request for which nobody waits any more is not begun, and its outcome is Abandoned.
     """
     groups: dict[Hashable, list[int]] = {}
     for place, request in enumerate(requests):
         groups.setdefault(endpoint.group(request), []).append(place)
-    outcomes: list[Any] = [None] * len(requests)
     for places in groups.values():
-        found = _answer_group(endpoint, [requests[place] for place in places])
-        for place, outcome in zip(places, found, strict=True):
-            outcomes[place] = outcome
-    return outcomes
+        if left := [place for place in places if waiting and waiting[place].gone]:
+            yield left, [Abandoned()] * len(left)
+            places = [place for place in places if place not in left]
+        if places:
+            yield places, _answer_group(endpoint, [(requests[i], waiting[i] if waiting else None) for i in places])
 
 
 def check_cost(endpoint: Endpoint, cost: int, limit: int) -> None:
@@ -121,11 +176,26 @@ def _without_default(schema: JsonDict) -> None:
     schema.pop("default", None)
 
 
-def _answer_group(endpoint: Endpoint, requests: Sequence[Any]) -> list[Any]:
+def _answer_group(endpoint: Endpoint, asked: Sequence[tuple[Any, Waiting | None]]) -> list[Any]:
     try:
-        return endpoint.answer(requests)
+        found = endpoint.answer([request for request, _ in asked])
+        return _finished(found, [one for _, one in asked if one]) if isinstance(found, Generator) else found
     except Exception as error:  # whatever it is, it must not reach the other requests of the batch
-        if len(requests) == 1:
+        if len(asked) == 1:
             return [error]
-    half = len(requests) // 2
-    return _answer_group(endpoint, requests[:half]) + _answer_group(endpoint, requests[half:])
+    half = len(asked) // 2
+    return _answer_group(endpoint, asked[:half]) + _answer_group(endpoint, asked[half:])
+
+
+def _finished(steps: Generator[Progress, None, list[Any]], waiting: Sequence[Waiting]) -> list[Any]:
+    """What a slow answer returns in the end, or Abandoned for each request when nobody waits for it any more."""
+    with closing(steps):
+        while True:
+            try:
+                progress = next(steps)
+            except StopIteration as end:
+                return end.value
+            if waiting and all(one.gone for one in waiting):
+                return [Abandoned()] * len(waiting)
+            for one in waiting:
+                one.show(progress)

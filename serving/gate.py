@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.problems import LOG, problem_response
+from serving.problems import LOG, problem_of, problem_response
 
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")
 
@@ -52,12 +52,11 @@ class Gate:
             return
         try:
             await self.app(scope, self._limited(receive), answer)
-        except Exception:
+        except Exception as error:
             LOG.exception("request %s failed unexpectedly", request_id)
             if started:
                 raise
-            failure = problem_response(request_id, 500, "an unexpected failure; the server's log has the request's id")
-            await failure(scope, receive, answer)
+            await problem_of(request_id, error)(scope, receive, answer)
 
     def _refusal(self, scope: Scope, headers: Headers, request_id: str) -> ASGIApp | None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -56,6 +56,10 @@ class Late(Exception):
     """No answer within the time limit."""
 
 
+class Gone(Exception):
+    """The client went away before its answer."""
+
+
 def problem_response(
     request_id: str, status: int, error: str, fields: Sequence[FieldProblem] = (), **headers: str
 ) -> Response:
@@ -65,42 +69,45 @@ def problem_response(
     return Response(json.dumps(content), status, named, "application/json")
 
 
+def problem_of(request_id: str, error: Exception) -> Response:
+    """The response to an exception; to one that is not of EXPECTED it shows nothing but the request's id."""
+    match error:
+        case TooLarge():
+            return problem_response(request_id, 413, str(error))
+        case InputError():
+            line = " ".join(str(error).split())
+            named = FIELD.fullmatch(line)
+            return problem_response(request_id, 422, line, [FieldProblem(**named.groupdict())] if named else [])
+        case RequestValidationError():
+            fields = _fields(error.errors())
+            line = "; ".join(f"{entry.field}: {entry.problem}" for entry in fields)
+            return problem_response(request_id, 422, line, fields)
+        case Overloaded():
+            return problem_response(request_id, 429, str(error), retry_after="1")
+        case Late():
+            return problem_response(request_id, 503, str(error), retry_after="1")
+        case Gone():
+            return problem_response(request_id, 499, str(error))
+        case HTTPException(status_code=400):  # FastAPI's word for a body that is no JSON in a way it does not foresee
+            return problem_of(request_id, InputError("body: not JSON in UTF-8, or nested too deeply"))
+        case HTTPException():
+            headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
+            return problem_response(request_id, error.status_code, str(error.detail), **headers)
+        case _:
+            text = "an unexpected failure; the server's log has the request's id"
+            return problem_response(request_id, 500, text)
+
+
+EXPECTED = (InputError, RequestValidationError, Overloaded, Late, Gone, HTTPException)
+
+
 def handle_problems(app: FastAPI) -> None:
     """Let the application answer all exceptions that it expects with a Problem."""
 
-    def input_error(request: Request, error: InputError) -> Response:
-        line = " ".join(str(error).split())
-        named = FIELD.fullmatch(line)
-        return problem_response(request_id(request), 422, line, [FieldProblem(**named.groupdict())] if named else [])
+    def handler(request: Request, error: Exception) -> Response:
+        return problem_of(request_id(request), error)
 
-    def too_large(request: Request, error: TooLarge) -> Response:
-        return problem_response(request_id(request), 413, str(error))
-
-    def invalid(request: Request, error: RequestValidationError) -> Response:
-        fields = _fields(error.errors())
-        line = "; ".join(f"{entry.field}: {entry.problem}" for entry in fields)
-        return problem_response(request_id(request), 422, line, fields)
-
-    def overloaded(request: Request, error: Overloaded) -> Response:
-        return problem_response(request_id(request), 429, str(error), retry_after="1")
-
-    def late(request: Request, error: Late) -> Response:
-        return problem_response(request_id(request), 503, str(error), retry_after="1")
-
-    def http(request: Request, error: HTTPException) -> Response:
-        headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
-        if error.status_code == 400:  # FastAPI's word for a body that is no JSON in a way that it does not foresee
-            return input_error(request, InputError("body: not JSON in UTF-8, or nested too deeply"))
-        return problem_response(request_id(request), error.status_code, str(error.detail), **headers)
-
-    for kind, handler in {
-        InputError: input_error,
-        TooLarge: too_large,
-        RequestValidationError: invalid,
-        Overloaded: overloaded,
-        Late: late,
-        HTTPException: http,
-    }.items():
+    for kind in EXPECTED:
         app.add_exception_handler(kind, handler)
 
 

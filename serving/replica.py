@@ -2,38 +2,23 @@
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import ray
 from fastapi import FastAPI
 from pydantic import BaseModel
-from ray import serve
 
 from cluster.registry import resolve
 from library.artifact import open_artifact
 from library.errors import InputError
 from serving.app import ENDPOINTS
-from serving.endpoint import answer_batch, check_cost
-from serving.problems import Late, Overloaded
+from serving.batcher import Batcher, Ticket
+from serving.endpoint import Abandoned, answer_batch, check_cost
+from serving.problems import Gone, Late, Overloaded
 from serving.routes import application
 from serving.settings import EndpointArgs
 
 FAILED_CALLS = 3  # unexpected failures in a row after which Serve replaces the replica
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that waits for its batch, and what it costs."""
-
-    request: BaseModel
-    cost: int
-
-
-def batch_cost(jobs: Sequence[Job]) -> int:
-    """What requests cost together."""
-    return sum(job.cost for job in jobs)
 
 
 class Replica:
@@ -50,29 +35,41 @@ class Replica:
         self.endpoint = kind.load(self.artifact, "cuda" if ray.get_gpu_ids() else "cpu")
         self.request_cost = args.request_cost or kind.request_cost
         self.pending = self.failed_calls = 0
-        self.model_thread = ThreadPoolExecutor(1, thread_name_prefix=kind.name)
-        self._batched = serve.batch(
-            max_batch_size=max(args.batch_cost or kind.batch_cost, self.request_cost),
-            batch_wait_timeout_s=args.batch_wait_s,
-            batch_size_fn=batch_cost,
-        )(self._answer)
+        self.batcher = Batcher(
+            self._answer,
+            limit=max(args.batch_cost or kind.batch_cost, self.request_cost),
+            wait_s=args.batch_wait_s,
+            name=kind.name,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return application(self, self.token_digest)
 
-    async def predict(self, request: BaseModel) -> BaseModel:
-        """The response to a request. Raises InputError, Overloaded, Late, or what the model raised."""
+    def accept(self, request: BaseModel, *, wants_progress: bool = False) -> Ticket:
+        """Let a request wait for its answer. Raises InputError, TooLarge or Overloaded."""
         cost = self.endpoint.cost(request)
         check_cost(self.endpoint, cost, self.request_cost)
         if self.pending >= self.args.max_pending:
             raise Overloaded(f"{self.pending} requests are waiting; retry after a moment")
         self.pending += 1
+        ticket = Ticket(request, cost, wants_progress=wants_progress)
+        ticket.answer.add_done_callback(self._left)
+        self.batcher.put(ticket)
+        return ticket
+
+    async def answer(self, ticket: Ticket) -> BaseModel:
+        """The response to an accepted request. Raises InputError, Late, Gone, or what the model raised.
+
+        Its place in the batch is given up after the time limit, or when who waits for it here is cancelled.
+        """
         try:
-            outcome = await asyncio.wait_for(self._batched(Job(request, cost)), self.args.timeout_s)
+            outcome = await asyncio.wait_for(ticket.answer, ticket.left(self.args.timeout_s))
         except TimeoutError:
             raise Late(f"no answer within {self.args.timeout_s:g} seconds; ask for less, or retry later") from None
-        finally:
-            self.pending -= 1
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():
+                raise
+            raise Gone("the client has gone away") from None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -101,10 +98,19 @@ class Replica:
         if self.failed_calls >= FAILED_CALLS:
             raise RuntimeError(f"the last {self.failed_calls} calls of the model failed")
 
-    async def _answer(self, jobs: list[Job]) -> list[Any]:
-        requests = [job.request for job in jobs]
-        loop = asyncio.get_running_loop()
-        outcomes = await loop.run_in_executor(self.model_thread, answer_batch, self.endpoint, requests)
-        broken = [isinstance(outcome, Exception) and not isinstance(outcome, InputError) for outcome in outcomes]
-        self.failed_calls = self.failed_calls + 1 if all(broken) else 0
-        return outcomes
+    def _left(self, _: asyncio.Future) -> None:
+        self.pending -= 1
+
+    def _answer(self, batch: Sequence[Ticket]) -> None:
+        """Answer a batch, in the model's thread; each group of it gets its answers as soon as it has been called."""
+        loop = batch[0].loop
+        for places, outcomes in answer_batch(self.endpoint, [ticket.request for ticket in batch], batch):
+            loop.call_soon_threadsafe(partial(self._finish, [batch[place] for place in places], outcomes))
+
+    def _finish(self, tickets: Sequence[Ticket], outcomes: Sequence[BaseModel | Exception]) -> None:
+        told = [outcome for outcome in outcomes if not isinstance(outcome, Abandoned)]
+        broken = [isinstance(outcome, Exception) and not isinstance(outcome, InputError) for outcome in told]
+        if told:
+            self.failed_calls = self.failed_calls + 1 if all(broken) else 0
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
+            ticket.finish(outcome)

@@ -7,10 +7,12 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 
 from library.artifact import Artifact
-from serving.endpoint import Endpoint
+from serving.batcher import Ticket
+from serving.endpoint import Endpoint, has_steps
 from serving.gate import Gate
 from serving.problems import MEANINGS, Problem, handle_problems, problem_response, request_id
 from serving.settings import EndpointArgs
+from serving.streams import ANSWERS, cancelled_on_disconnect, event_stream, wants_events
 
 
 class Info(BaseModel):
@@ -48,7 +50,9 @@ class Service(Protocol):
     artifact: Artifact
     args: EndpointArgs
 
-    async def predict(self, request: BaseModel) -> BaseModel: ...
+    def accept(self, request: BaseModel, *, wants_progress: bool = False) -> Ticket: ...
+
+    async def answer(self, ticket: Ticket) -> BaseModel: ...
 
     def not_ready(self) -> str | None: ...
 
@@ -70,17 +74,27 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
     )
     guarded = [Security(HTTPBearer(auto_error=False))] if token_digest else []  # for the page: Gate does the checking
     refused = (401,) if token_digest else ()
+    steps = has_steps(endpoint)
     examples = {name: {"value": value} for name, value in endpoint.examples.items()}
 
     @app.post(
         "/predict",
         response_model=endpoint.Response,
-        responses=_problems(*refused, 413, 422, 429, 500, 503),
+        responses={200: ANSWERS} | _problems(*refused, 413, 422, 429, 500, 503),
         dependencies=guarded,
         summary=endpoint.summary,
     )
-    async def predict(body: Annotated[endpoint.Request, Body(openapi_examples=examples)]) -> BaseModel:
-        return await service.predict(body)
+    async def predict(
+        request: Request, body: Annotated[endpoint.Request, Body(openapi_examples=examples)]
+    ) -> BaseModel | Response:
+        events = wants_events(request.headers)
+        ticket = service.accept(body, wants_progress=events)
+        if events:
+            return await event_stream(service.answer(ticket), ticket, request)
+        if not steps:
+            return await service.answer(ticket)
+        async with cancelled_on_disconnect(ticket, request.receive):
+            return await service.answer(ticket)
 
     @app.get(
         "/info",

@@ -34,13 +34,16 @@ class Halver:
 
 def test_one_call_for_each_group_and_answers_in_the_order_of_the_requests():
     halver = Halver()
-    assert answer_batch(halver, [2, 104, 6, 108]) == [1, 52, 3, 54]
+    assert list(answer_batch(halver, [2, 104, 6, 108])) == [([0, 2], [1, 3]), ([1, 3], [52, 54])]
     assert halver.calls == [[2, 6], [104, 108]]
 
 
 def test_only_the_request_at_fault_gets_the_exception():
     halver = Halver()
-    outcomes = answer_batch(halver, [2, 4, 7, 8, 10, 12, 14, 666, 16])
+    outcomes = [None] * 9
+    for places, found in answer_batch(halver, [2, 4, 7, 8, 10, 12, 14, 666, 16]):
+        for place, outcome in zip(places, found, strict=True):
+            outcomes[place] = outcome
     assert [o for o in outcomes if isinstance(o, int)] == [1, 2, 4, 5, 6, 7, 8]
     assert str(outcomes[2]) == "number: 7 is odd"
     assert isinstance(outcomes[7], RuntimeError)

@@ -2,10 +2,8 @@
 
 import asyncio
 import threading
-from types import SimpleNamespace
 
 import pytest
-from ray.serve import context
 
 from library.errors import ArtifactError, InputError
 from serving.app import ENDPOINTS
@@ -13,13 +11,6 @@ from serving.problems import Late, Overloaded
 from serving.replica import FAILED_CALLS, Replica
 from serving.send import Score, ScoreRequest, ScoreResponse
 from serving.settings import EndpointArgs
-
-INSIDE = SimpleNamespace(
-    app_name="test",
-    deployment="score",
-    replica_tag="replica",
-    _deployment_config=SimpleNamespace(max_ongoing_requests=1 << 20),
-)
 
 
 class Recorder(Score):
@@ -54,7 +45,6 @@ def texts(*lengths: int) -> list[ScoreRequest]:
 def replica(ray_cluster, send_artifact, monkeypatch):
     """Makes a replica of the recorder with the given limits; call it inside the event loop."""
     monkeypatch.setitem(ENDPOINTS, "score", Recorder)
-    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", INSIDE)  # Serve's batches want to be in a replica
     made = []
 
     def make(**args) -> Replica:
@@ -64,11 +54,15 @@ def replica(ray_cluster, send_artifact, monkeypatch):
     yield make
     for replica in made:
         replica.endpoint.go.set()
-        replica.model_thread.shutdown()
+        replica.batcher.close()
+
+
+async def predict(replica: Replica, request: ScoreRequest) -> ScoreResponse:
+    return await replica.answer(replica.accept(request))
 
 
 async def outcomes(replica: Replica, requests: list[ScoreRequest]) -> list:
-    return await asyncio.gather(*map(replica.predict, requests), return_exceptions=True)
+    return await asyncio.gather(*(predict(replica, request) for request in requests), return_exceptions=True)
 
 
 def test_requests_that_come_together_share_one_call_and_each_gets_its_own_answer(replica):
@@ -108,7 +102,7 @@ def test_a_full_replica_refuses_more_and_says_that_it_is_not_ready(replica):
     async def run():
         service = replica(max_pending=2)
         service.endpoint.go.clear()
-        waiting = [asyncio.ensure_future(service.predict(request)) for request in texts(1, 2)]
+        waiting = [asyncio.ensure_future(predict(service, request)) for request in texts(1, 2)]
         await asyncio.sleep(0)
         [third], reason = await outcomes(service, texts(3)), service.not_ready()
         service.check_health()  # full is not broken

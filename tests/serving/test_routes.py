@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from library.errors import InputError, PrismError
+from serving.batcher import Ticket
 from serving.problems import Late, Overloaded
 from serving.routes import application
 from serving.send import Score, ScoreResponse
@@ -26,8 +27,11 @@ class Service:
         self.outcome, self.busy = outcome, busy
         self.asked = 0
 
-    async def predict(self, request):
+    def accept(self, request, *, wants_progress=False):
         self.asked += 1
+        return Ticket(request, 1, wants_progress=wants_progress)
+
+    async def answer(self, ticket):
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return ScoreResponse(model=self.endpoint.version, results=[])

@@ -106,7 +106,7 @@ def test_requests_of_one_batch_do_not_see_each_other(artifact) -> None:
     bad = {"graphs": [{"kinds": ["C", "C"], "edges": [[0, 1], [0, 1]]}]}
     bodies = [{"graphs": [RING, ETHANOL]}, bad, {"graphs": [ETHANOL], "threshold": 1.0}]
     requests = [GraphAnomaly.Request.model_validate(body) for body in bodies]
-    first, second, third = answer_batch(endpoint, requests)
+    [(_, (first, second, third))] = answer_batch(endpoint, requests)
     assert isinstance(second, InputError)
     alone = endpoint.answer([requests[2]])[0]
     assert third.results[0].anomaly_probability == pytest.approx(alone.results[0].anomaly_probability, abs=1e-6)

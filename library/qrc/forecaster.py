@@ -46,6 +46,7 @@ class Forecaster(RegressorMixin, BaseEstimator):
     made of rows 0 ... t.
 
     >>> import numpy as np
+    >>> from library.qrc.esn import EchoState
     >>> wave = np.sin(np.arange(400) / 5)
     >>> found = Forecaster(EchoState(units=20), washout=50).fit(wave[:300]).forecast(wave[200:300], 100)
     >>> bool(np.abs(found.mean[:, 0] - wave[300:]).max() < 0.05)

@@ -80,8 +80,8 @@ def converted(values: Any, quantity: str, unit: str, where: str) -> np.ndarray:
 
     Raises InputError, beginning with `where`, for an unknown unit, what are no numbers, and values that cannot be.
 
-    >>> converted([32.0, 212.0], "temperature", "F", "temperature").round(9).tolist()
-    [0.0, 100.0]
+    >>> converted([32.0, 104.0], "temperature", "F", "temperature").round(9).tolist()
+    [0.0, 40.0]
     """
     known = QUANTITIES[quantity]
     if unit not in known.units:

@@ -1,6 +1,5 @@
 """Extreme eigenpairs: the true ones within their residuals, repeated ones as often as they occur, warm starts cheap."""
 
-import doctest
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import InputError
-from library.spectral import eigen
 from library.spectral.eigen import extreme_eigenpairs
 from library.spectral.trace import random_probes
 from tests.library.matrices import generator, with_spectrum
@@ -26,12 +24,6 @@ def spike_and_bulk(n: int = 300, seed: int = 0) -> torch.Tensor:
     """Like a Hessian's: a few outliers, a crowd at zero, small negative values."""
     bulk = 0.05 * torch.randn(n - 5, generator=generator(seed), dtype=torch.float64)
     return torch.cat([bulk, torch.tensor([3.0, 2.5, 2.4, 1.0, 0.8], dtype=torch.float64)])
-
-
-def test_docstring_example():
-    found = doctest.testmod(eigen, extraglobs={"torch": torch})
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 @given(

@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
 bench: $(PEERS)
-	for benchmark in benchmarks/*.py; do echo "$$benchmark" && $(BIN)/python "$$benchmark" || exit 1; done
+	$(BIN)/python -m benchmarks
 
 lint: $(READY)
 	$(BIN)/ruff check

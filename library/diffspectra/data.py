@@ -129,6 +129,12 @@ class Collate:
 
     def spectra(self, signals: Sequence[dict[str, Signal]], keys: Tensor, perturbed: bool = False) -> dict[str, Tensor]:
         """log10(1 + I) of each modality, float32 (B, points)."""
+        return {name: network_input(one) for name, one in self.intensities(signals, keys, perturbed).items()}
+
+    def intensities(
+        self, signals: Sequence[dict[str, Signal]], keys: Tensor, perturbed: bool = False
+    ) -> dict[str, Tensor]:
+        """The intensities I of each modality, float32 (B, points)."""
         modalities = chosen(self.modalities)
         for modality in modalities:
             if modality not in signals[0]:
@@ -148,7 +154,7 @@ class Collate:
                 rendered[modality] = stored
             elif not augmentation:
                 rendered[modality] = broaden([one[modality] for one in signals], modality, self.broadening)
-        return {modality: network_input(rendered[modality]) for modality in modalities}
+        return {modality: rendered[modality] for modality in modalities}
 
 
 @lru_cache(maxsize=4)

@@ -1,154 +1,206 @@
-"""Candidates for spectra: many samples of each spectrum at once, guided, in groups of equal size."""
+"""What a user calls: spectra in, ranked candidate molecules out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from library.artifact import Artifact
 from library.diffspectra.conditioned import Conditioned
-from library.diffspectra.molecules import MOST_ATOMS, Structure
-from library.diffspectra.noise import draw_noise, key_generators, stream
-from library.diffspectra.samplers import Progress, SamplerName, ancestral, dpm_solver
-from library.diffspectra.scaling import State, discretise
-from library.diffspectra.schedule import NoiseSchedule
-from library.errors import InputError
+from library.diffspectra.data import Collate, MoleculeData
+from library.diffspectra.measured import Recording
+from library.diffspectra.molecules import Structure
+from library.diffspectra.noise import stream
+from library.diffspectra.queries import Query, network_spectra
+from library.diffspectra.ranking import Candidate, rank
+from library.diffspectra.recipe import AREAS, DiffSpectraRecipe, load_diffspectra
+from library.diffspectra.samplers import Progress
+from library.diffspectra.sampling import Sampling, draw_counts, draw_samples
+from library.diffspectra.schedule import noise_schedule
+from library.diffspectra.scoring import denoising_penalties
+from library.errors import ArtifactError, InputError
 
-START, STEP, COUNT = 0, 1, 2  # what a key is for
+PENALTY = 3  # what a key is for, beside those of `sampling`
+LEAST_CHANCE = 0.005  # of a number of atoms that is still told
 
 
-@torch.no_grad()
-def generate(
-    network: Conditioned,
-    spectra: Mapping[str, Tensor],
-    schedule: NoiseSchedule,
-    *,
-    sizes: Sequence[int] | Tensor | None = None,
-    samples: int = 1,
-    sampler: SamplerName = "dpm-solver",
-    steps: int = 50,
-    guidance: float = 1.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-    present: Tensor | None = None,
-    at_once: int = 64,
-    progress: Progress | None = None,
-) -> list[list[Structure]]:
-    """`samples` candidate molecules for each spectrum, in the order of the spectra.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The answer to a query.
 
-    A candidate depends on its spectrum, its place, `seed` and the number of atoms; not on what else is asked for.
-
-    Parameters
-    ----------
-    network      in evaluation mode
-    spectra      modality -> (B, points), log10(1 + I)
-    sizes        atoms of each molecule, hydrogens included; None draws them from what the network says of the spectrum
-    sampler      dpm-solver (50 to 100 steps), or ancestral as in the paper (1000)
-    guidance     g in G_0 = G_null + g (G_spectrum - G_null); 1 is the plain prediction, 2 follows spectra more closely
-    temperature  factor of the ancestral sampler's noise
-    present      bool (B, modalities), which spectra are there, for a network trained with modality_dropout
-    at_once      most molecules in one pass
-    progress     called with (done, all) in units of steps of groups
-
-    Raises InputError for a network in training mode, sizes out of range or as many as there are no spectra, and
-    guidance, missing spectra or unknown sizes that the network has not learnt.
+    candidates   constitutions, best first; none where no sample is a whole molecule
+    failures     how many samples are no candidates, by reason
+    samples      all that was drawn, in order; `Candidate.samples` are places here
+    atom_counts  chances of numbers of atoms by the spectra, from 0.5 % on; None where the network has not learned that
+    modalities   the spectra that were read
+    warnings     what is to be known of them
     """
-    _check(network, samples=samples, steps=steps, guidance=guidance, at_once=at_once)
-    condition, logits = network.encode(spectra, present)
-    many, device = len(condition), condition.device
-    if sizes is not None:
-        counts = torch.as_tensor(sizes).long().cpu()
-        if counts.shape != (many,):
-            raise InputError(f"sizes: {many} spectra have {counts.numel()} sizes")
-        if many and not 1 <= int(counts.min()) <= int(counts.max()) <= MOST_ATOMS:
-            raise InputError(f"sizes: molecules of 1 to {MOST_ATOMS} atoms are allowed, hydrogens included")
-        counts = counts[:, None].expand(many, samples)
-    elif logits is None:
-        raise InputError("the network has not learnt the number of atoms: give sizes, or train with count_weight")
-    else:
-        counts = draw_counts(logits, samples, seed)
 
-    wanted = sorted((int(counts[i, k]), i, k) for i in range(many) for k in range(samples))
-    groups = [wanted[start : start + at_once] for start in range(0, len(wanted), at_once)]
-    found: dict[tuple[int, int], Structure] = {}
-    for number, group in enumerate(groups):
-        rows = torch.tensor([i for _, i, _ in group], device=device)
-        mask = torch.arange(group[-1][0]) < torch.tensor([n for n, _, _ in group])[:, None]
-        places = [(i, k) for _, i, k in group]
+    candidates: list[Candidate]
+    failures: dict[str, int]
+    samples: list[Structure]
+    atom_counts: dict[int, float] | None
+    modalities: tuple[str, ...]
+    warnings: tuple[str, ...]
 
-        def told(done: int, _: int, number: int = number) -> None:
-            if progress is not None:
-                progress(number * steps + done, len(groups) * steps)
 
-        state = _sampled(
-            network,
-            condition[rows],
-            mask.to(device),
-            places,
-            schedule,
-            sampler,
-            steps,
-            guidance,
-            temperature,
-            seed,
-            told,
+class Elucidator:
+    """A trained network that answers spectra with candidate molecules.
+
+    Example:
+        >>> from library.recipe import fit
+        >>> recipe = DiffSpectraRecipe(steps=2, batch_size=4, most_atoms=8)
+        >>> elucidator = Elucidator.from_artifact(fit(recipe, device="cpu"))
+        >>> ir = Recording(x=(500.0, 1700.0, 1720.0, 1740.0, 4000.0), y=(0.0, 0.0, 1.0, 0.0, 0.0))
+        >>> query = elucidator.query({"ir": ir}, formula={"C": 1, "H": 2, "O": 1})
+        >>> [found] = elucidator.find([query], Sampling(samples=2, steps=2))
+        >>> len(found.samples), sum(found.failures.values()) + sum(one.count for one in found.candidates)
+        (2, 2)
+    """
+
+    def __init__(self, network: Conditioned, recipe: DiffSpectraRecipe, areas: Mapping[str, float]) -> None:
+        """`areas`: the typical integral of a spectrum of each modality, to which recordings are scaled."""
+        self.network, self.recipe, self.areas = network.eval(), recipe, dict(areas)
+        self.schedule = noise_schedule(recipe.noise)
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact, device: torch.device | str = "cpu") -> Self:
+        """The network of an artifact of kind `diffspectra`; needs no data set. Raises ArtifactError."""
+        network, recipe = load_diffspectra(artifact)
+        areas = artifact.arrays().get(AREAS)
+        if areas is None or len(areas) != len(recipe.encoder.modalities):
+            raise ArtifactError(f"{artifact.path} does not say what areas the spectra it has learned from have")
+        return cls(network.to(device), recipe, dict(zip(recipe.encoder.modalities, areas.tolist(), strict=True)))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The spectra that the network reads."""
+        return self.recipe.encoder.modalities
+
+    @property
+    def optional(self) -> bool:
+        """Whether it can do with some of them."""
+        return self.network.encoder.settings.absent
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def query(
+        self,
+        recordings: Mapping[str, Recording],
+        *,
+        atoms: int | None = None,
+        formula: Mapping[str, int] | None = None,
+        key: int = 0,
+    ) -> Query:
+        """A query from spectra as they were recorded, by modality, on any axis and in any unit.
+
+        Raises InputError that names the modality for what cannot be a spectrum, and what `Query` raises.
+        """
+        found = {name: one.on_grid(name, self.areas.get(name)) for name, one in recordings.items()}
+        warnings = [text for one in found.values() for text in one.warnings]
+        warnings += [f"{name}: this model does not read it" for name in found if name not in self.modalities]
+        return Query({name: one.intensities for name, one in found.items()}, atoms, formula, key, tuple(warnings))
+
+    def queries(self, data: MoleculeData, numbers: Sequence[int], *, sized: bool = True) -> list[Query]:
+        """Queries from molecules of a data set, whose numbers are their keys; with their sizes where `sized`."""
+        reader = Collate(self.modalities, self.recipe.broadening)
+        signals = [{name: read(number) for name, read in data.signals.items()} for number in numbers]
+        spectra = reader.intensities(signals, torch.as_tensor(numbers))
+        return [
+            Query(
+                {name: rows[place] for name, rows in spectra.items()},
+                int(data.sizes[number]) if sized else None,
+                key=int(number),
+            )
+            for place, number in enumerate(numbers)
+        ]
+
+    @torch.no_grad()
+    def find(
+        self,
+        queries: Sequence[Query],
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        *,
+        progress: Progress | None = None,
+    ) -> list[Found]:
+        """Ranked candidates for each query, in their order.
+
+        A sample depends on its query, its place, `sampling.seed` and the number of atoms, and not on other queries.
+        Queries with atoms or a formula get samples of that size; others of sizes drawn from what the network says of
+        the spectrum. With a formula every sample has it: the elements of each prediction are set to the formula's, so
+        that theirs follow the noise process from it, while charges, bonds and positions are found around them. No
+        training is needed for that, and the network knows the formula by the elements that it sees.
+
+        `progress` is called with (done, all) after every pass of the network, on the calling thread. What it raises
+        comes through and ends the work: that is how to cancel.
+
+        Raises InputError for no queries, spectra that the network cannot do without, a size that is neither given nor
+        learned, and guidance that was not learned.
+        """
+        if not queries:
+            raise InputError("there are no queries")
+        spectra, present = network_spectra(queries, self.modalities, optional=self.optional)
+        condition, logits = self.network.encode(
+            {name: one.to(self.device) for name, one in spectra.items()},
+            None if present is None else present.to(self.device),
         )
-        found |= dict(zip(places, discretise(state, mask.to(device)), strict=True))
-    return [[found[i, k] for k in range(samples)] for i in range(many)]
-
-
-def draw_counts(logits: Tensor, samples: int, seed: int) -> Tensor:
-    """Numbers of atoms drawn from softmax(logits (B, 29)), the same for a spectrum in any batch: int64 (B, samples)."""
-    chances = logits.double().softmax(-1).cpu()
-    rows = [
-        torch.multinomial(
-            row, samples, replacement=True, generator=torch.Generator().manual_seed(stream(seed, COUNT, i))
+        keys = [query.key for query in queries]
+        samples = draw_samples(
+            self.network,
+            condition,
+            self._counts(queries, logits, sampling),
+            self.schedule,
+            sampling,
+            keys=keys,
+            formulas=[query.formula for query in queries],
+            progress=progress,
         )
-        for i, row in enumerate(chances)
-    ]
-    return torch.stack(rows) + 1 if rows else torch.zeros(0, samples, dtype=torch.int64)
+        found = []
+        for row, (query, drawn) in enumerate(zip(queries, samples, strict=True)):
+            penalties = self._penalties(condition[row], drawn, sampling, query.key) if sampling.penalties else None
+            ranking = rank(drawn, penalties=penalties, formula=query.formula)
+            counts = None if logits is None else _told(logits[row].double().softmax(-1))
+            read = tuple(modality for modality in self.modalities if modality in query.spectra)
+            found.append(Found(ranking.candidates, ranking.failures, drawn, counts, read, query.warnings))
+        return found
+
+    def _counts(self, queries: Sequence[Query], logits: Tensor | None, sampling: Sampling) -> Tensor:
+        """Atoms of each sample, int64 (B, samples)."""
+        if logits is None and any(query.size is None for query in queries):
+            raise InputError(
+                "atoms: the network has not learned to tell their number; give it or a formula, or a model trained "
+                "with recipe.count_weight"
+            )
+        known = torch.tensor([query.size or 0 for query in queries])[:, None].expand(-1, sampling.samples)
+        if logits is None:
+            return known
+        drawn = draw_counts(logits, sampling.samples, sampling.seed, [query.key for query in queries])
+        return torch.where(known > 0, known, drawn)
+
+    def _penalties(self, condition: Tensor, samples: Sequence[Structure], sampling: Sampling, key: int) -> Tensor:
+        """How badly each sample is denoised; all meet the noise of the query's key."""
+        parts = [samples[start : start + sampling.at_once] for start in range(0, len(samples), sampling.at_once)]
+        noise = stream(sampling.seed, PENALTY, key)
+        return torch.cat(
+            [
+                denoising_penalties(
+                    self.network,
+                    condition.expand(len(part), -1),
+                    part,
+                    self.schedule,
+                    keys=[noise] * len(part),
+                    factors=self.recipe.loss_weights,
+                )
+                for part in parts
+            ]
+        ).cpu()
 
 
-def _sampled(
-    network: Conditioned,
-    condition: Tensor,
-    mask: Tensor,
-    places: list[tuple[int, int]],
-    schedule: NoiseSchedule,
-    sampler: SamplerName,
-    steps: int,
-    guidance: float,
-    temperature: float,
-    seed: int,
-    progress: Progress,
-) -> State:
-    """The continuous molecules of one group."""
-
-    def drawn(*purpose: int) -> State:
-        return draw_noise(mask, key_generators([stream(seed, *purpose, *place) for place in places]))
-
-    def denoise(state: State, time: Tensor, previous: State | None) -> State:
-        level = schedule.noise_level(time).float().expand(len(mask))
-        if guidance == 1:
-            return network.denoiser(state, level, condition, mask, previous)
-        both = State(*(torch.cat([part, part]) for part in state))
-        before = State(*(torch.cat([part, part]) for part in previous)) if previous is not None else None
-        told = torch.cat([network.null.expand_as(condition), condition])
-        found = network.denoiser(both, torch.cat([level, level]), told, torch.cat([mask, mask]), before)
-        without, spectrum = zip(*(part.chunk(2) for part in found), strict=True)
-        return State(*(a + guidance * (b - a) for a, b in zip(without, spectrum, strict=True)))
-
-    start = drawn(START)
-    if sampler == "ancestral":
-        settings = {"steps": steps, "temperature": temperature, "progress": progress}
-        return ancestral(denoise, start, lambda k: drawn(STEP, k), schedule, **settings)
-    return dpm_solver(denoise, start, schedule, steps=steps, progress=progress)
-
-
-def _check(network: Conditioned, *, samples: int, steps: int, guidance: float, at_once: int) -> None:
-    if network.training:
-        raise InputError("candidates need a network in evaluation mode; call network.eval()")
-    for name, value in (("samples", samples), ("steps", steps), ("at_once", at_once)):
-        if value < 1:
-            raise InputError(f"{name}: {value} must be at least 1")
-    if guidance != 1 and network.null is None:
-        raise InputError(f"guidance {guidance:g}: use 1, or a network that was trained with condition_dropout")
+def _told(chances: Tensor) -> dict[int, float]:
+    """Numbers of atoms from 1 and their chances, those that matter."""
+    return {number: chance for number, chance in enumerate(chances.tolist(), 1) if chance >= LEAST_CHANCE}

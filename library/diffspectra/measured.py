@@ -1,10 +1,11 @@
 """Spectra of people: any axis and unit, brought onto the grid of their modality."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from library.diffspectra.lines import ORIGIN, POINTS, STEP, UNITS, grid, known
@@ -14,6 +15,7 @@ EV_NM = 1239.841984  # h c in eV nm
 CM_PER_EV = 8065.543937
 AXES = {"uv": ("eV", "nm", "cm-1"), "ir": ("cm-1", "um"), "raman": ("cm-1",)}
 VALUES = ("intensity", "absorbance", "transmittance", "percent transmittance")
+Values = Literal["intensity", "absorbance", "transmittance", "percent transmittance"]
 NOISE = 0.02  # of the maximum, down to which an intensity below zero passes as noise and is cut
 COVERED = 0.5  # share of the grid that a spectrum must cover
 LEAST_TRANSMITTANCE = 1e-4
@@ -24,6 +26,26 @@ class Measured(NamedTuple):
 
     intensities: Tensor
     warnings: list[str]
+
+
+class Recording(BaseModel, frozen=True, extra="forbid"):
+    """A spectrum as an instrument or a program gives it."""
+
+    y: tuple[float, ...]
+    """What was recorded at each place."""
+    x: tuple[float, ...] | None = None
+    """The places, rising or falling; None is the modality's own grid."""
+    axis: str | None = None
+    """Unit of x: eV (the default of UV-Vis), nm, cm-1 (of IR and Raman), um."""
+    values: Values = "intensity"
+    """What y is."""
+    absolute: bool = False
+    """Whether y is in the units that the network has learned from; others are scaled to a typical integral."""
+
+    def on_grid(self, modality: str, area: float | None) -> Measured:
+        """The intensities on the grid of a modality, with the integral `area` unless absolute. Raises InputError."""
+        given = None if self.absolute else area
+        return on_grid(modality, self.y, self.x, axis=self.axis, values=self.values, area=given)
 
 
 def on_grid(

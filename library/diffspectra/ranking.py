@@ -17,6 +17,7 @@ class Candidate(NamedTuple):
     smiles     canonical, without stereo
     count      how many samples have it
     score      count over all samples that were drawn, valid or not
+    penalty    the least of its samples' penalties; None where there are none
     structure  the sample of it with the least penalty, else the first
     samples    the numbers of its samples
     """
@@ -24,6 +25,7 @@ class Candidate(NamedTuple):
     smiles: str
     count: int
     score: float
+    penalty: float | None
     structure: Structure
     samples: tuple[int, ...]
 
@@ -63,8 +65,10 @@ def rank(
     found = []
     for smiles, numbers in members.items():
         best = min(numbers, key=weights.__getitem__)
-        found.append(Candidate(smiles, len(numbers), len(numbers) / len(samples), samples[best], tuple(numbers)))
-    found.sort(key=lambda one: (-one.count, min(weights[number] for number in one.samples), one.samples[0]))
+        penalty = None if penalties is None else weights[best]
+        share = len(numbers) / len(samples)
+        found.append(Candidate(smiles, len(numbers), share, penalty, samples[best], tuple(numbers)))
+    found.sort(key=lambda one: (-one.count, one.penalty or 0.0, one.samples[0]))
     return Ranking(found, dict(failures.most_common()))
 
 

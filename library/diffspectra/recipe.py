@@ -17,6 +17,7 @@ from library.diffspectra.clipping import adaptive_limit, remembered
 from library.diffspectra.conditioned import Conditioned
 from library.diffspectra.data import Collate, MoleculeData, Sample, load_molecules
 from library.diffspectra.denoiser import DenoiserSettings
+from library.diffspectra.lines import STEP
 from library.diffspectra.loss import loss_weight, terms
 from library.diffspectra.pretraining_recipe import PretrainingRecipe, load_encoder
 from library.diffspectra.process import DiffusionBatch, DiffusionModel, Draws, draw
@@ -27,6 +28,8 @@ from library.recipe import Recipe, Splits, unwrap
 from library.weights import load_tensors
 
 NORMS = "norms"  # in the optimiser's first parameter group
+AREAS = "areas"  # of an artifact's arrays: the median integral of each modality's training spectra
+AREA_MOLECULES = 512  # that the median is over
 PAPER: dict[str, Any] = {
     "steps": 1_000_000,
     "batch_size": 256,
@@ -89,8 +92,8 @@ class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
     """Probability that the network is given its own prediction, for each molecule."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Probability that spectra are hidden, for guidance; 0 in the paper."""
-    modality_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability that one of several spectra is hidden, for inference without it; 0 in the paper."""
+    modality_dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability that one of several spectra is hidden, for inference without it; 0, as in the paper, needs all."""
     loss_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (1.0, 0.25, 0.1)
     """Weights of coordinates, of elements and charges, and of bonds."""
     count_weight: NonNegativeFloat = 0.1
@@ -202,6 +205,15 @@ class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
     def stored(self, model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """The averaged weights, under the names of a `Conditioned` network."""
         return ((name.removeprefix("average."), value) for name, value in state if name.startswith("average."))
+
+    def attachments(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Median integrals of the training spectra, by which spectra in other units are scaled."""
+        data = self.molecules()
+        numbers = data.parts["train"][:AREA_MOLECULES].tolist()
+        signals = [{name: read(number) for name, read in data.signals.items()} for number in numbers]
+        spectra = Collate(self.encoder.modalities, self.broadening).intensities(signals, torch.tensor(numbers))
+        areas = [spectra[name].sum(1).double().median() * STEP[name] for name in self.encoder.modalities]
+        return {AREAS: torch.stack(areas)}, {}
 
     def restored(self, weights: Mapping[str, Tensor], *, source: str) -> DiffusionModel:
         """The model whose network and average both are the averaged one, without the artifact it was begun from."""

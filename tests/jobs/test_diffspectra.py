@@ -16,11 +16,11 @@ from jobs.history import read_history
 from jobs.training import Scaling, TrainingJob, train
 from library.artifact import open_artifact
 from library.diffspectra.denoiser import DenoiserSettings
-from library.diffspectra.generation import generate
+from library.diffspectra.generation import Elucidator
 from library.diffspectra.geometry_encoder import GeometrySettings
 from library.diffspectra.pretraining_recipe import PretrainingRecipe
-from library.diffspectra.recipe import DiffSpectraRecipe, load_diffspectra
-from library.diffspectra.schedule import noise_schedule
+from library.diffspectra.recipe import DiffSpectraRecipe
+from library.diffspectra.sampling import Sampling
 from library.diffspectra.specformer import SpecFormerSettings
 from library.recipe import fit, seeded_model
 from tests.jobs.toy import run_workers
@@ -131,9 +131,7 @@ def test_pretraining_and_training_on_ray_end_in_candidates(tmp_path: Path) -> No
     alone = fit(recipe.model_copy(update={"pretrained": before.artifact}), path=tmp_path / "alone", device="cpu")
     for name, value in alone.metrics.items():
         assert artifact.metrics[name] == pytest.approx(value, rel=2e-3)
-    network, loaded = load_diffspectra(artifact)
-    splits = loaded.datasets()
-    batch = splits.collate([splits.test[0]], torch.tensor([0]))
-    present = torch.tensor([[True, True, False]])
-    [found] = generate(network, batch.spectra, noise_schedule(loaded.noise), samples=3, steps=2, present=present)
-    assert len(found) == 3
+    elucidator = Elucidator.from_artifact(artifact)
+    [query] = elucidator.queries(recipe.molecules(), [3])
+    [found] = elucidator.find([query], Sampling(samples=3, steps=2))
+    assert len(found.samples) == 3

@@ -1,22 +1,15 @@
-"""Samplers: golden numbers, closed forms of Gaussians, symmetries, and candidates that depend on nothing else."""
+"""Samplers: golden numbers, closed forms of Gaussians, and symmetries."""
 
 import pytest
 import torch
 
-from library.diffspectra.conditioned import Conditioned
-from library.diffspectra.denoiser import DenoiserSettings
-from library.diffspectra.generation import draw_counts, generate
 from library.diffspectra.noise import draw_noise, key_generators
 from library.diffspectra.samplers import ancestral, dpm_solver
 from library.diffspectra.scaling import State, pair_mask
 from library.diffspectra.schedule import noise_schedule
-from library.diffspectra.specformer import SpecFormerSettings
-from library.errors import InputError
-from tests.library.diffspectra_cases import PATCHES, golden, masks, random_state
+from tests.library.diffspectra_cases import golden, masks, random_state
 
 COSINE = noise_schedule("cosine")
-SMALL = DenoiserSettings(width=24, pair_width=6, heads=4, blocks=2, condition=16)
-ENCODER = SpecFormerSettings(modalities=("ir",), **PATCHES, width=8, heads=2, layers=1, features=8)
 
 
 def gaussian(variance: float):
@@ -105,80 +98,3 @@ def test_states_stay_centred_symmetric_and_masked_at_every_step(sampler):
         torch.testing.assert_close(state.edges, state.edges.transpose(1, 2))
         assert not state.nodes[~mask].any()
         assert not state.edges[~pair_mask(mask)].any()
-
-
-@pytest.fixture(scope="module")
-def network() -> Conditioned:
-    torch.manual_seed(0)
-    return Conditioned(ENCODER, SMALL, null=True, count_atoms=True).eval()
-
-
-def same(a, b) -> bool:
-    return (
-        torch.equal(a.types, b.types)
-        and torch.equal(a.bonds, b.bonds)
-        and torch.allclose(a.positions, b.positions, rtol=0, atol=1e-4)
-    )
-
-
-@pytest.mark.parametrize("sampler", ["ancestral", "dpm-solver"])
-def test_candidates_depend_on_their_spectrum_size_place_and_seed_alone(network, sampler):
-    spectra = {"ir": torch.rand(3, 3501, generator=torch.Generator().manual_seed(1))}
-    told = {"sampler": sampler, "steps": 4, "seed": 9}
-    found = generate(network, spectra, COSINE, sizes=[4, 7, 4], samples=3, **told)
-    assert [[len(one) for one in row] for row in found] == [[4] * 3, [7] * 3, [4] * 3]
-    split = generate(network, spectra, COSINE, sizes=[4, 7, 4], samples=3, at_once=2, **told)
-    fewer = generate(network, {"ir": spectra["ir"][:2]}, COSINE, sizes=[4, 7], samples=2, **told)
-    assert all(same(a, b) for x, y in zip(found, split, strict=True) for a, b in zip(x, y, strict=True))
-    assert all(same(found[i][k], fewer[i][k]) for i in range(2) for k in range(2))
-    assert not same(found[0][0], found[0][1])
-
-
-def test_guidance_of_one_is_plain_and_of_zero_ignores_the_spectrum(network):
-    told = {"sizes": [5, 5], "steps": 4}
-    a, b = ({"ir": torch.full((2, 3501), value)} for value in (0.0, 2.0))
-    plain = generate(network, a, COSINE, **told)
-    nearly = generate(network, a, COSINE, guidance=1 + 1e-7, **told)
-    assert all(same(x[0], y[0]) for x, y in zip(plain, nearly, strict=True))
-    without = [generate(network, spectra, COSINE, guidance=0.0, **told) for spectra in (a, b)]
-    assert all(same(x[0], y[0]) for x, y in zip(*without, strict=True))
-
-
-def test_sizes_are_drawn_from_what_the_network_says(network):
-    logits = torch.full((2, 29), -30.0)
-    logits[0, 4] = logits[1, 9] = 0.0
-    assert draw_counts(logits, 3, 0).tolist() == [[5] * 3, [10] * 3]
-    even = draw_counts(torch.zeros(1, 29), 5000, 0)
-    assert int(even.min()) == 1
-    assert int(even.max()) == 29
-    assert float(even.float().mean()) == pytest.approx(15, abs=0.5)
-    spectra = {"ir": torch.rand(2, 3501)}
-    sizes = draw_counts(network.encode(spectra)[1], 2, 3)
-    found = generate(network, spectra, COSINE, samples=2, steps=2, seed=3)
-    assert [[len(one) for one in row] for row in found] == sizes.tolist()
-
-
-def test_progress_is_told_step_by_step(network):
-    told = []
-    spectra = {"ir": torch.rand(2, 3501)}
-    generate(
-        network, spectra, COSINE, sizes=[3, 4], samples=2, steps=3, at_once=2, progress=lambda *one: told.append(one)
-    )
-    assert told == [(k, 6) for k in range(1, 7)]
-
-
-def test_what_cannot_be_generated_is_refused(network):
-    spectra = {"ir": torch.rand(2, 3501)}
-    plain = Conditioned(ENCODER, SMALL).eval()
-    for net, told, message in (
-        (network, {"sizes": [3]}, "2 spectra have 1 sizes"),
-        (network, {"sizes": [3, 30]}, "1 to 29 atoms"),
-        (network, {"sizes": [3, 3], "samples": 0}, "samples: 0 must be at least 1"),
-        (network, {"sizes": [3, 3], "present": torch.ones(2, 1, dtype=torch.bool)}, "has not learnt to do without"),
-        (plain, {}, "has not learnt the number of atoms"),
-        (plain, {"sizes": [3, 3], "guidance": 2.0}, "trained with condition_dropout"),
-    ):
-        with pytest.raises(InputError, match=message):
-            generate(net, spectra, COSINE, **told)
-    with pytest.raises(InputError, match="evaluation mode"):
-        generate(Conditioned(ENCODER, SMALL), spectra, COSINE, sizes=[3, 3])

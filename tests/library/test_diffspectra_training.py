@@ -1,6 +1,7 @@
 """Recipes of DiffSpectra and its pre-training: losses, averages, clipping, artifacts; what batches cannot change."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from library import order
 from library.artifact import open_artifact
 from library.diffspectra.clipping import adaptive_limit, remembered
 from library.diffspectra.denoiser import DenoiserSettings
-from library.diffspectra.generation import generate
+from library.diffspectra.generation import Elucidator
 from library.diffspectra.geometry_encoder import GeometrySettings
 from library.diffspectra.pretraining import contrastive_loss, hidden_patches, reconstruction_loss
 from library.diffspectra.pretraining_recipe import PretrainingRecipe, load_encoder, warmed_cosine
 from library.diffspectra.recipe import DiffSpectraRecipe, load_diffspectra, warmed_up
-from library.diffspectra.schedule import noise_schedule
+from library.diffspectra.sampling import Sampling
 from library.diffspectra.specformer import SpecFormer, SpecFormerSettings
 from library.errors import ArtifactError, InputError
 from library.recipe import fit, make_batch, seeded_model
@@ -64,10 +65,15 @@ def test_training_learns_and_its_artifact_gives_candidates(tmp_path):
         assert all(torch.equal(value, averaged[name]) for name, value in kept.state_dict().items())
     assert validated(recipe, model.eval()) == pytest.approx(artifact.metrics, rel=1e-4)
     assert not [name for name in artifact.shapes() if name.startswith(("network.", "average."))]
-    batch = first_batch(recipe, 2)
-    present = torch.tensor([[True, False, True]] * 2)
-    found = generate(network, batch.spectra, noise_schedule(again.noise), samples=2, steps=3, present=present)
-    assert [len(row) for row in found] == [2, 2]
+    elucidator, data = Elucidator.from_artifact(artifact), recipe.molecules()
+    strengths = torch.stack([data.signals["ir"](i).strengths.sum() for i in data.parts["train"].tolist()])
+    low, high = strengths.quantile(torch.tensor([0.3, 0.6])).tolist()
+    assert low < elucidator.areas["ir"] < high
+    queries = elucidator.queries(data, data.parts["test"][:2].tolist())
+    partly = [replace(one, spectra={"raman": one.spectra["raman"]}) for one in queries]
+    found = elucidator.find([*queries, *partly], Sampling(samples=2, steps=3))
+    assert [len(one.samples) for one in found] == [2] * 4
+    assert found[2].modalities == ("raman",)
     with pytest.raises(ArtifactError, match="not of 'diffspectra'"):
         load_diffspectra(fit(PretrainingRecipe(steps=1, **PRETRAINING), path=tmp_path / "b", device="cpu"))
 

@@ -1,0 +1,165 @@
+"""Many samples of many spectra at once: groups of equal size, guidance, known elements, noise by key."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from library.diffspectra.conditioned import Conditioned
+from library.diffspectra.molecules import ELEMENTS, MOST_ATOMS, Structure
+from library.diffspectra.noise import draw_noise, key_generators, stream
+from library.diffspectra.queries import element_places
+from library.diffspectra.samplers import Progress, SamplerName, ancestral, dpm_solver
+from library.diffspectra.scaling import TYPE_SCALE, State, discretise
+from library.diffspectra.schedule import NoiseSchedule
+from library.errors import InputError
+
+START, STEP, COUNT = 0, 1, 2  # what a key is for
+
+
+class Sampling(BaseModel, frozen=True, extra="forbid"):
+    """How candidates are drawn and ranked."""
+
+    samples: int = Field(16, ge=1, le=1024)
+    """Molecules that are drawn for each query."""
+    sampler: SamplerName = "dpm-solver"
+    """dpm-solver (50 to 100 steps), or ancestral as in the paper (1000)."""
+    steps: int = Field(50, ge=1, le=10_000)
+    """Steps of the sampler, each of which is one pass of the network."""
+    guidance: NonNegativeFloat = 1.0
+    """g in G_0 = G_null + g (G_spectrum - G_null): 1 is the plain prediction, more follows spectra more closely."""
+    temperature: NonNegativeFloat = 1.0
+    """Factor of the ancestral sampler's noise."""
+    penalties: bool = True
+    """Order candidates that were drawn equally often by how well the network denoises them, told the spectrum."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random, together with the key of each query."""
+    at_once: PositiveInt = 64
+    """Most molecules in one pass; changes nothing in the result but its last digits."""
+
+
+@torch.no_grad()
+def draw_samples(
+    network: Conditioned,
+    condition: Tensor,
+    counts: Tensor,
+    schedule: NoiseSchedule,
+    sampling: Sampling,
+    *,
+    keys: Sequence[int],
+    formulas: Sequence[Mapping[str, int] | None] | None = None,
+    progress: Progress | None = None,
+) -> list[list[Structure]]:
+    """Molecules for each of B conditions, in their order, as many as `counts` has columns.
+
+    A molecule depends on its condition, key, place and size alone.
+
+    Parameters
+    ----------
+    network    in evaluation mode
+    condition  (B, condition), of `network.encode`
+    counts     int64 (B, samples), atoms of each molecule, hydrogens included
+    keys       of each condition: with `sampling.seed` and the place of a sample, what noise is drawn from
+    formulas   of each condition, or None where the elements are not known: the elements of every prediction are set to
+               them, whose noisy selves then follow the noise process; which atom has which is no choice, as noise and
+               network treat all alike
+    progress   called with (done, all) after every step of a group
+
+    Raises InputError for a network in training mode, counts out of range, and guidance that was not learned.
+    """
+    _check(network, counts, sampling)
+    many, samples = counts.shape
+    wanted = sorted((int(counts[i, k]), i, k) for i in range(many) for k in range(samples))
+    groups = [wanted[start : start + sampling.at_once] for start in range(0, len(wanted), sampling.at_once)]
+    found: dict[tuple[int, int], Structure] = {}
+    for number, group in enumerate(groups):
+        rows = torch.tensor([i for _, i, _ in group], device=condition.device)
+        mask = torch.arange(group[-1][0]) < torch.tensor([n for n, _, _ in group])[:, None]
+        mask = mask.to(condition.device)
+        places = [(keys[i], k) for _, i, k in group]
+        known = _known_types([formulas[i] if formulas else None for _, i, _ in group], mask)
+
+        def told(done: int, _: int, number: int = number) -> None:
+            if progress is not None:
+                progress(number * sampling.steps + done, len(groups) * sampling.steps)
+
+        state = _sampled(network, condition[rows], mask, places, known, schedule, sampling, told)
+        found |= dict(zip(((i, k) for _, i, k in group), discretise(state, mask), strict=True))
+    return [[found[i, k] for k in range(samples)] for i in range(many)]
+
+
+def draw_counts(logits: Tensor, samples: int, seed: int, keys: Sequence[int]) -> Tensor:
+    """Numbers of atoms drawn from softmax(logits (B, 29)), each row by its key: int64 (B, samples)."""
+    chances = logits.double().softmax(-1).cpu()
+    generators = key_generators([stream(seed, COUNT, key) for key in keys])
+    rows = [
+        torch.multinomial(row, samples, replacement=True, generator=generator)
+        for row, generator in zip(chances, generators, strict=True)
+    ]
+    return torch.stack(rows) + 1 if rows else torch.zeros(0, samples, dtype=torch.int64)
+
+
+def _known_types(formulas: Sequence[Mapping[str, int] | None], mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Scaled element channels (B, N, 5), and whose are known, bool (B, 1, 1); None where nobody's are."""
+    told = torch.tensor([formula is not None for formula in formulas])
+    if not told.any():
+        return None
+    types = torch.zeros(mask.shape, dtype=torch.int64)
+    for row, formula in zip(types, formulas, strict=True):
+        if formula is not None:
+            places = element_places(formula)
+            row[: len(places)] = places
+    scaled = (2 * one_hot(types.to(mask.device), len(ELEMENTS)) - 1) * TYPE_SCALE * mask[..., None]
+    return scaled, told.to(mask.device)[:, None, None]
+
+
+def _sampled(
+    network: Conditioned,
+    condition: Tensor,
+    mask: Tensor,
+    places: list[tuple[int, int]],
+    known: tuple[Tensor, Tensor] | None,
+    schedule: NoiseSchedule,
+    sampling: Sampling,
+    progress: Progress,
+) -> State:
+    """The continuous molecules of one group."""
+
+    def drawn(*purpose: int) -> State:
+        return draw_noise(mask, key_generators([stream(sampling.seed, *purpose, *place) for place in places]))
+
+    def predicted(state: State, level: Tensor, previous: State | None) -> State:
+        if sampling.guidance == 1:
+            return network.denoiser(state, level, condition, mask, previous)
+        both = State(*(torch.cat([part, part]) for part in state))
+        before = State(*(torch.cat([part, part]) for part in previous)) if previous is not None else None
+        told = torch.cat([network.null.expand_as(condition), condition])
+        found = network.denoiser(both, torch.cat([level, level]), told, torch.cat([mask, mask]), before)
+        without, spectrum = zip(*(part.chunk(2) for part in found), strict=True)
+        return State(*(a + sampling.guidance * (b - a) for a, b in zip(without, spectrum, strict=True)))
+
+    def denoise(state: State, time: Tensor, previous: State | None) -> State:
+        found = predicted(state, schedule.noise_level(time).float().expand(len(mask)), previous)
+        if known is None:
+            return found
+        types, told = known
+        first, last = 3, 3 + len(ELEMENTS)
+        types = torch.where(told, types, found.nodes[..., first:last])
+        return State(torch.cat([found.nodes[..., :first], types, found.nodes[..., last:]], -1), found.edges)
+
+    start = drawn(START)
+    if sampling.sampler == "ancestral":
+        settings = {"steps": sampling.steps, "temperature": sampling.temperature, "progress": progress}
+        return ancestral(denoise, start, lambda k: drawn(STEP, k), schedule, **settings)
+    return dpm_solver(denoise, start, schedule, steps=sampling.steps, progress=progress)
+
+
+def _check(network: Conditioned, counts: Tensor, sampling: Sampling) -> None:
+    if network.training:
+        raise InputError("candidates need a network in evaluation mode; call network.eval()")
+    if counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= MOST_ATOMS:
+        raise InputError(f"sizes: molecules of 1 to {MOST_ATOMS} atoms are allowed, hydrogens included")
+    if sampling.guidance != 1 and network.null is None:
+        raise InputError(f"guidance {sampling.guidance:g}: use 1, or a network trained with recipe.condition_dropout")

@@ -13,6 +13,7 @@ half the arithmetic of the complex products, no conjugated copies, and rho stays
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from library.qrc import gates
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.state import State
-from library.qrc.steps import Steps
+from library.qrc.steps import Steps, input_gates, kept_unitaries
 
 Estimate = Callable[[Tensor], Tensor]
 
@@ -47,21 +48,20 @@ def evolve(
     fed = first.mode != "persistent"
     real = dtype.to_real()
     readout = readout.to(inputs.device, real)
-    width, points = full if fed else dimension, series * time
-    options = {"device": inputs.device, "dtype": dtype, "points": points, "fourier": fourier}
-    steps = Steps(reservoirs, width, channels, **options)
+    options = {"device": inputs.device, "dtype": dtype, "points": series * time, "fourier": fourier}
+    steps = None if fed else Steps(reservoirs, dimension, channels, **options)
     memory = state.density.to(real).reshape(lanes, dimension, dimension)
     measure = Measurement(first, dimension, state.counter.flatten())
-    feedback = Feedback(reservoirs, state.feedback.to(real).reshape(lanes, -1), series, dimension) if fed else None
+    feedback = Feedback(reservoirs, state.feedback.to(real), dimension, channels, options) if fed else None
     result = inputs.new_empty(series, len(reservoirs), time, readout.shape[1], dtype=real)
-    block = max(1, block_bytes(inputs.device) // (lanes * full * steps.columns * dtype.itemsize))
+    block = max(1, block_bytes(inputs.device) // (lanes * full * dimension * dtype.itemsize))
     products = memory.new_empty(lanes, full, 2 * dimension)
     rows = (lanes, dimension, products[0].numel() // dimension)
     for begin in range(0, time, block):
-        columns = steps.block(inputs[:, begin : begin + block])
-        probabilities = memory.new_empty(len(columns), lanes, full)
-        for step, whole in enumerate(columns):
-            column = feedback.before(whole) if feedback else whole
+        prepared = (steps or feedback).block(inputs[:, begin : begin + block])
+        probabilities = memory.new_empty(len(prepared), lanes, full)
+        for step, piece in enumerate(prepared):
+            column = feedback.columns(piece) if feedback else piece
             image = torch.bmm(column, torch.complex(memory, -memory.mT))
             left, right = torch.view_as_real(image), torch.view_as_real(column)
             torch.mul(left.view(products.shape), right.reshape(products.shape), out=products)
@@ -115,25 +115,49 @@ class Measurement:
 
 
 class Feedback:
-    """The rotations by what the measured qubits showed in the last step."""
+    """The unitaries of steps that begin with rotations by what the measured qubits showed in the last one.
+
+    Only the columns where reset qubits are |0> are ever formed: gates act on these, where a whole unitary would have
+    2^n. `fourier` True makes whole unitaries as trigonometric polynomials all the same.
+    """
 
     def __init__(
-        self, reservoirs: Sequence[QuantumReservoir], expectation: Tensor, series: int, dimension: int
+        self,
+        reservoirs: Sequence[QuantumReservoir],
+        expectation: Tensor,
+        dimension: int,
+        channels: int,
+        options: dict[str, Any],
     ) -> None:
-        self.pairs, self.expectation = reservoirs[0].feedback_pairs, expectation
-        strengths = expectation.new_tensor([reservoir.feedback for reservoir in reservoirs])
-        self.strengths = strengths.repeat(series)[:, None]
-        full = 2 ** reservoirs[0].qubits
-        start = torch.eye(full, dtype=expectation.dtype.to_complex(), device=expectation.device)
+        self.reservoir, full = reservoirs[0], 2 ** reservoirs[0].qubits
+        self.series, self.pairs = len(expectation), self.reservoir.feedback_pairs
+        self.expectation = expectation.flatten(0, 1)
+        self.dtype = options["dtype"]
+        table = expectation.new_tensor([[r.scale, r.bias, r.feedback] for r in reservoirs])
+        self.scale, self.bias, self.strengths = table.repeat(self.series, 1).T[..., None]
+        start = torch.eye(full, dtype=self.dtype, device=expectation.device)
         self.start = start[:, :: full // dimension]
-        signs = [
-            gates.parity_signs(reservoirs[0].qubits, (qubit,), expectation) for qubit in range(expectation.shape[1])
-        ]
+        signs = [gates.parity_signs(self.reservoir.qubits, (q,), expectation) for q in range(expectation.shape[-1])]
         self.bits = (1 - torch.stack(signs, 1)) / 2
+        self.steps = Steps(reservoirs, full, channels, **options) if options["fourier"] else None
+        if self.steps is None:
+            self.fixed = kept_unitaries(reservoirs).to(start).repeat(self.series, 1, 1)
 
-    def before(self, unitary: Tensor) -> Tensor:
-        """The columns of the step's unitary (lanes, 2^n, 2^n) after the feedback's rotations."""
-        return unitary @ gates.pair_rotations(self.start, self.pairs, self.strengths * self.expectation)
+    def block(self, inputs: Tensor) -> Tensor:
+        """What the inputs (series, time, channels) of some steps rotate by: (time, lanes, ...)."""
+        if self.steps is not None:
+            return self.steps.block(inputs)
+        shared = inputs.transpose(0, 1).to(self.scale).repeat_interleave(len(self.scale) // self.series, 1)
+        self.input_pairs, matrices = input_gates(self.reservoir, self.scale * shared + self.bias)
+        return matrices
+
+    def columns(self, piece: Tensor) -> Tensor:
+        """The columns (lanes, 2^n, 2^r) of a step's unitary, after the feedback's rotations."""
+        turns = gates.pair_matrices(self.strengths * self.expectation)
+        if self.steps is not None:
+            return torch.bmm(piece, gates.apply_pairs(self.start, self.pairs, turns))
+        pairs = [*self.pairs, *self.input_pairs]
+        return torch.bmm(self.fixed, gates.apply_pairs(self.start, pairs, torch.cat([turns, piece], -3)))
 
     def after(self, probabilities: Tensor) -> None:
         """Remember z = P(bit = 1) of a step's outcome probabilities (lanes, 2^n)."""

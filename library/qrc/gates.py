@@ -65,15 +65,17 @@ def controlled_x(columns: Tensor, control: int, target: int) -> Tensor:
 
 
 def pair_rotations(columns: Tensor, pairs: Sequence[tuple[int, int]], angles: Tensor) -> Tensor:
-    """R_pairs[-1](angles[..., -1]) ... R_pairs[0](angles[..., 0]): the first pair acts first; angles (..., pairs).
+    """R_pairs[-1](angles[..., -1]) ... R_pairs[0](angles[..., 0]): the first pair acts first; angles (..., pairs)."""
+    return apply_pairs(columns, pairs, pair_matrices(angles)) if pairs else columns
 
-    All 4 x 4 matrices are built at once, and each is applied with its two qubits brought to the front of the index.
+
+def apply_pairs(columns: Tensor, pairs: Sequence[tuple[int, int]], matrices: Tensor) -> Tensor:
+    """Matrices (..., pairs, 4, 4) on at least one pair of qubits, the first pair first.
+
+    Each is applied with its two qubits brought to the front of the index.
     """
-    if not pairs:
-        return columns
     qubits, shape = _count(columns), columns.shape
-    matrices = pair_matrices(angles)
-    lead = torch.broadcast_shapes(shape[:-2], angles.shape[:-1])
+    lead = torch.broadcast_shapes(shape[:-2], matrices.shape[:-3])
     columns = columns.expand(*lead, *shape[-2:])
     places = _routes(qubits, tuple(pairs)).to(columns.device)
     for number in range(len(pairs)):
@@ -84,16 +86,22 @@ def pair_rotations(columns: Tensor, pairs: Sequence[tuple[int, int]], angles: Te
 
 def pair_matrices(angles: Tensor) -> Tensor:
     """R(angle) on its two qubits: complex (..., 4, 4); it is the same for both orders of the qubits."""
-    half = angles / 2
-    cos, sin = half.cos(), half.sin()
-    both, one, none = (
-        torch.complex(-sin * sin, 0 * sin),
-        torch.complex(0 * sin, -cos * sin),
-        torch.complex(cos * cos, 0 * cos),
-    )
-    turned = torch.stack([none, one, one, both], -1)[..., _FLIPS.to(angles.device)]
-    signs = parity_signs(2, (0, 1), angles)
-    return torch.complex((half[..., None] * signs).cos(), -(half[..., None] * signs).sin())[..., None] * turned
+    half = angles[..., None] * parity_signs(2, (0, 1), angles) / 2
+    return torch.complex(half.cos(), -half.sin())[..., None] * both_turned(angles, angles)
+
+
+def both_turned(first: Tensor, second: Tensor) -> Tensor:
+    """RX(second) x RX(first) on a pair of qubits, the second being the slower bit: complex (..., 4, 4)."""
+    cos, sin = (first / 2).cos(), (first / 2).sin()
+    high_cos, high_sin = (second / 2).cos(), (second / 2).sin()
+    zero = torch.zeros_like(cos)
+    parts = [
+        torch.complex(cos * high_cos, zero),
+        torch.complex(zero, -sin * high_cos),
+        torch.complex(zero, -cos * high_sin),
+        torch.complex(-sin * high_sin, zero),
+    ]
+    return torch.stack(parts, -1)[..., _FLIPS.to(first.device)]
 
 
 def apply_gates(columns: Tensor, sequence: Sequence[Gate]) -> Tensor:

@@ -60,8 +60,8 @@ class QuantumReservoir(BaseModel, frozen=True, extra="forbid"):
 
     mode: Literal["persistent", "feedback", "both"] = "persistent"
     """Where memory lives: in qubits, in what is fed back, or both."""
-    qubits: int = Field(4, ge=1)
-    """Qubits n, at most 10: matrices of all of them are formed."""
+    qubits: int = Field(4, ge=2)
+    """Qubits n, 2 to 10: matrices of all of them are formed."""
     measured: int | None = Field(None, ge=0)
     """How many qubits are measured each step, the first ones; None is 1, and all in mode feedback."""
     reset: int | None = Field(None, ge=0)
@@ -104,7 +104,7 @@ class QuantumReservoir(BaseModel, frozen=True, extra="forbid"):
         n, m = self.qubits, self.measured_qubits
         if n > MOST_QUBITS:
             size = 16 * 4**n / 2**30
-            raise InputError(f"{n} qubits: each of a step's matrices takes {size:.3g} GiB; allowed: 1 to {MOST_QUBITS}")
+            raise InputError(f"{n} qubits: each of a step's matrices takes {size:.3g} GiB; allowed: 2 to {MOST_QUBITS}")
         if self.mode == "feedback" and (m != n or self.reset not in (None, n)):
             raise InputError(f"mode feedback measures and resets all {n} qubits; leave measured and reset out")
         if self.mode != "feedback" and m >= n:

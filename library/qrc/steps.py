@@ -41,7 +41,7 @@ class Steps:
         fourier: bool | None = None,
     ) -> None:
         self.reservoir, self.count, self.columns = reservoirs[0], len(reservoirs), columns
-        self.fixed = _kept_unitaries(reservoirs).to(device, dtype)
+        self.fixed = kept_unitaries(reservoirs).to(device, dtype)
         keys = [(reservoir.scale, reservoir.bias) for reservoir in reservoirs]
         alike = len(set(keys)) == 1
         table = torch.tensor(keys[:1] if alike else keys, dtype=dtype.to_real(), device=device)
@@ -89,7 +89,7 @@ class Steps:
         return values.flatten(2).contiguous()
 
 
-def _kept_unitaries(reservoirs: Sequence[QuantumReservoir]) -> Tensor:
+def kept_unitaries(reservoirs: Sequence[QuantumReservoir]) -> Tensor:
     """`fixed_unitaries`, remembered for small batches: a stream asks for the same ones at every step."""
     few = len(reservoirs) * 4 ** reservoirs[0].qubits <= KEPT_ENTRIES
     return _remembered(tuple(reservoirs)) if few else fixed_unitaries(reservoirs)
@@ -131,15 +131,23 @@ def alike_gates(reservoirs: Sequence[QuantumReservoir]) -> Iterator[tuple[list[i
 
 def rotate_inputs(reservoir: QuantumReservoir, angles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The columns of U_in for reset qubits |0>: complex (..., 2^n, columns) of angles (..., channels)."""
-    full, channels = 2**reservoir.qubits, angles.shape[-1]
+    full = 2**reservoir.qubits
     start = torch.eye(full, dtype=dtype, device=angles.device)[:, :: full // columns]
+    return gates.apply_pairs(start, *input_gates(reservoir, angles))
+
+
+def input_gates(reservoir: QuantumReservoir, angles: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """U_in of angles (..., channels) as pairs of qubits and a matrix for each, (..., pairs, 4, 4), the first first."""
+    channels = angles.shape[-1]
     if reservoir.encoding == "pair":
-        places = [place % channels for place in range(len(reservoir.input_pairs))]
-        return gates.pair_rotations(start, reservoir.input_pairs, angles[..., places])
-    result = start.expand(*angles.shape[:-1], full, columns)
-    for channel in range(channels):
-        result = gates.rotate_x(result, channel % reservoir.measured_qubits, angles[..., channel])
-    return result
+        pairs = reservoir.input_pairs
+        return pairs, gates.pair_matrices(angles[..., [place % channels for place in range(len(pairs))]])
+    measured, qubits = reservoir.measured_qubits, reservoir.qubits
+    turned = angles.new_zeros(*angles.shape[:-1], measured + measured % 2)
+    places = torch.arange(channels, device=angles.device) % measured
+    turned = turned.index_add(-1, places, angles)  # rotations of one qubit about one axis add up
+    pairs = [(q, (q + 1) % qubits) for q in range(0, measured, 2)]
+    return pairs, gates.both_turned(turned[..., ::2], turned[..., 1::2])
 
 
 def channel_degrees(reservoir: QuantumReservoir, channels: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -51,11 +52,15 @@ class OnCluster(Output):
     """The Ray cluster: local, auto, HOST:PORT, ray://HOST:PORT. None: that of RAY_ADDRESS, else one started here."""
 
     @contextlib.contextmanager
-    def connected(self) -> "Iterator[Connection]":
-        """A connection to that cluster, which ends with the block."""
+    def connected(self, room: int = 1) -> "Iterator[Connection]":
+        """A connection to that cluster, which ends with the block.
+
+        A Ray that is started here gets no fewer logical CPUs than `room`: many endpoints that wait share a machine.
+        """
         from cluster import connect
 
-        connection = connect(self.address)
+        here = self.address == "local" or not (self.address or os.environ.get("RAY_ADDRESS"))
+        connection = connect(self.address, cpus=max(room, os.cpu_count() or 1) if here and room > 1 else None)
         terminate_like_interrupt()
         tell(str(connection))
         try:

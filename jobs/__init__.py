@@ -73,6 +73,9 @@ JOBS = {
     "diffspectra-pretrain": JobEntry(
         "diffspectra", "jobs.diffspectra_pretrain:DiffSpectraPretrainJob", "pre-train its encoder of spectra"
     ),
+    "diffspectra-sample": JobEntry(
+        "diffspectra", "jobs.diffspectra_sample:DiffSpectraSampleJob", "find ranked candidates for many spectra"
+    ),
     "diffspectra-simulate": JobEntry(
         "diffspectra", "jobs.diffspectra_simulate:DiffSpectraSimulateJob", "compute spectral lines of your molecules"
     ),

@@ -120,6 +120,15 @@ class Elucidator:
             for place, number in enumerate(numbers)
         ]
 
+    def check(self, query: Query) -> None:
+        """Raise InputError for what `find` would refuse of a query: spectra, or a size that nobody knows."""
+        network_spectra([query], self.modalities, optional=self.optional)
+        if self.network.counts is None and query.size is None:
+            raise InputError(
+                "atoms: the network has not learned to tell their number; give it or a formula, or a model trained "
+                "with recipe.count_weight"
+            )
+
     @torch.no_grad()
     def find(
         self,
@@ -132,9 +141,8 @@ class Elucidator:
 
         A sample depends on its query, its place, `sampling.seed` and the number of atoms, and not on other queries.
         Queries with atoms or a formula get samples of that size; others of sizes drawn from what the network says of
-        the spectrum. With a formula every sample has it: the elements of each prediction are set to the formula's, so
-        that theirs follow the noise process from it, while charges, bonds and positions are found around them. No
-        training is needed for that, and the network knows the formula by the elements that it sees.
+        the spectrum. With a formula every sample has it: predictions of elements are brought to its counts at every
+        step (`formulas.py`), and all else is found around them. No training is needed for that.
 
         `progress` is called with (done, all) after every pass of the network, on the calling thread. What it raises
         comes through and ends the work: that is how to cancel.
@@ -144,6 +152,8 @@ class Elucidator:
         """
         if not queries:
             raise InputError("there are no queries")
+        for query in queries:
+            self.check(query)
         spectra, present = network_spectra(queries, self.modalities, optional=self.optional)
         condition, logits = self.network.encode(
             {name: one.to(self.device) for name, one in spectra.items()},
@@ -171,11 +181,6 @@ class Elucidator:
 
     def _counts(self, queries: Sequence[Query], logits: Tensor | None, sampling: Sampling) -> Tensor:
         """Atoms of each sample, int64 (B, samples)."""
-        if logits is None and any(query.size is None for query in queries):
-            raise InputError(
-                "atoms: the network has not learned to tell their number; give it or a formula, or a model trained "
-                "with recipe.count_weight"
-            )
         known = torch.tensor([query.size or 0 for query in queries])[:, None].expand(-1, sampling.samples)
         if logits is None:
             return known

@@ -1,6 +1,5 @@
 """What is asked: the spectra of an unknown molecule, some or all of them, and what else is known of it."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 from library.diffspectra.broadening import network_input
+from library.diffspectra.formulas import counted
 from library.diffspectra.lines import MODALITIES, POINTS, known
-from library.diffspectra.molecules import ELEMENTS, MOST_ATOMS
+from library.diffspectra.molecules import MOST_ATOMS
 from library.errors import InputError
 
 
@@ -49,41 +49,6 @@ class Query:
     def size(self) -> int | None:
         """The number of atoms, where it is known. Raises InputError for a formula that cannot be."""
         return self.atoms if self.formula is None else sum(counted(self.formula).values())
-
-
-def counted(formula: Mapping[str, int]) -> dict[str, int]:
-    """A formula in the order of ELEMENTS without zeros. Raises InputError for other elements or negative counts."""
-    for element, count in formula.items():
-        if element not in ELEMENTS:
-            raise InputError(f"formula: {element} is none of {', '.join(ELEMENTS)}, which molecules here consist of")
-        if count < 0:
-            raise InputError(f"formula: {count} atoms of {element}")
-    return {element: formula[element] for element in ELEMENTS if formula.get(element)}
-
-
-def parse_formula(text: str) -> dict[str, int]:
-    """The counts of a formula such as C2H6O. Raises InputError for what is none, or has other elements.
-
-    >>> parse_formula("CH3CHO")
-    {'H': 4, 'C': 2, 'O': 1}
-    """
-    parts = re.findall(r"([A-Z][a-z]?)(\d*)", text)
-    if not parts or "".join(element + count for element, count in parts) != text:
-        raise InputError(f"formula: {text!r} is no formula; write one as C2H6O")
-    counts: dict[str, int] = {}
-    for element, count in parts:
-        counts[element] = counts.get(element, 0) + int(count or 1)
-    return counted(counts)
-
-
-def element_places(formula: Mapping[str, int]) -> Tensor:
-    """Places in ELEMENTS of a formula's atoms, int64 (atoms,), in the order of ELEMENTS.
-
-    >>> element_places({"O": 1, "H": 2}).tolist()
-    [0, 0, 3]
-    """
-    counts = counted(formula)
-    return torch.repeat_interleave(torch.tensor([counts.get(element, 0) for element in ELEMENTS]))
 
 
 def network_spectra(

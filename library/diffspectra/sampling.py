@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from library.diffspectra.conditioned import Conditioned
-from library.diffspectra.molecules import ELEMENTS, MOST_ATOMS, Structure
+from library.diffspectra.formulas import Formulas
+from library.diffspectra.molecules import MOST_ATOMS, Structure
 from library.diffspectra.noise import draw_noise, key_generators, stream
-from library.diffspectra.queries import element_places
 from library.diffspectra.samplers import Progress, SamplerName, ancestral, dpm_solver
-from library.diffspectra.scaling import TYPE_SCALE, State, discretise
+from library.diffspectra.scaling import State, discretise
 from library.diffspectra.schedule import NoiseSchedule
 from library.errors import InputError
 
@@ -62,9 +61,7 @@ def draw_samples(
     condition  (B, condition), of `network.encode`
     counts     int64 (B, samples), atoms of each molecule, hydrogens included
     keys       of each condition: with `sampling.seed` and the place of a sample, what noise is drawn from
-    formulas   of each condition, or None where the elements are not known: the elements of every prediction are set to
-               them, whose noisy selves then follow the noise process; which atom has which is no choice, as noise and
-               network treat all alike
+    formulas   of each condition, or None where it is not known; see `formulas.py`
     progress   called with (done, all) after every step of a group
 
     Raises InputError for a network in training mode, counts out of range, and guidance that was not learned.
@@ -79,14 +76,14 @@ def draw_samples(
         mask = torch.arange(group[-1][0]) < torch.tensor([n for n, _, _ in group])[:, None]
         mask = mask.to(condition.device)
         places = [(keys[i], k) for _, i, k in group]
-        known = _known_types([formulas[i] if formulas else None for _, i, _ in group], mask)
+        known = Formulas([formulas[i] if formulas else None for _, i, _ in group], mask)
 
         def told(done: int, _: int, number: int = number) -> None:
             if progress is not None:
                 progress(number * sampling.steps + done, len(groups) * sampling.steps)
 
         state = _sampled(network, condition[rows], mask, places, known, schedule, sampling, told)
-        found |= dict(zip(((i, k) for _, i, k in group), discretise(state, mask), strict=True))
+        found |= dict(zip(((i, k) for _, i, k in group), discretise(known.chosen(state), mask), strict=True))
     return [[found[i, k] for k in range(samples)] for i in range(many)]
 
 
@@ -101,26 +98,12 @@ def draw_counts(logits: Tensor, samples: int, seed: int, keys: Sequence[int]) ->
     return torch.stack(rows) + 1 if rows else torch.zeros(0, samples, dtype=torch.int64)
 
 
-def _known_types(formulas: Sequence[Mapping[str, int] | None], mask: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Scaled element channels (B, N, 5), and whose are known, bool (B, 1, 1); None where nobody's are."""
-    told = torch.tensor([formula is not None for formula in formulas])
-    if not told.any():
-        return None
-    types = torch.zeros(mask.shape, dtype=torch.int64)
-    for row, formula in zip(types, formulas, strict=True):
-        if formula is not None:
-            places = element_places(formula)
-            row[: len(places)] = places
-    scaled = (2 * one_hot(types.to(mask.device), len(ELEMENTS)) - 1) * TYPE_SCALE * mask[..., None]
-    return scaled, told.to(mask.device)[:, None, None]
-
-
 def _sampled(
     network: Conditioned,
     condition: Tensor,
     mask: Tensor,
     places: list[tuple[int, int]],
-    known: tuple[Tensor, Tensor] | None,
+    known: Formulas,
     schedule: NoiseSchedule,
     sampling: Sampling,
     progress: Progress,
@@ -141,13 +124,7 @@ def _sampled(
         return State(*(a + sampling.guidance * (b - a) for a, b in zip(without, spectrum, strict=True)))
 
     def denoise(state: State, time: Tensor, previous: State | None) -> State:
-        found = predicted(state, schedule.noise_level(time).float().expand(len(mask)), previous)
-        if known is None:
-            return found
-        types, told = known
-        first, last = 3, 3 + len(ELEMENTS)
-        types = torch.where(told, types, found.nodes[..., first:last])
-        return State(torch.cat([found.nodes[..., :first], types, found.nodes[..., last:]], -1), found.edges)
+        return known.expected(predicted(state, schedule.noise_level(time).float().expand(len(mask)), previous))
 
     start = drawn(START)
     if sampling.sampler == "ancestral":
@@ -162,4 +139,6 @@ def _check(network: Conditioned, counts: Tensor, sampling: Sampling) -> None:
     if counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= MOST_ATOMS:
         raise InputError(f"sizes: molecules of 1 to {MOST_ATOMS} atoms are allowed, hydrogens included")
     if sampling.guidance != 1 and network.null is None:
-        raise InputError(f"guidance {sampling.guidance:g}: use 1, or a network trained with recipe.condition_dropout")
+        raise InputError(
+            f"guidance: the network knows 1 alone, not {sampling.guidance:g}; see recipe.condition_dropout"
+        )

@@ -8,17 +8,18 @@ import torch
 from library.diffspectra.conditioned import Conditioned
 from library.diffspectra.data import load_molecules
 from library.diffspectra.denoiser import DenoiserSettings
+from library.diffspectra.formulas import Formulas, parse_formula
 from library.diffspectra.generation import Elucidator
 from library.diffspectra.lines import grid
 from library.diffspectra.loss import loss_weight, terms
 from library.diffspectra.measured import EV_NM, Recording
-from library.diffspectra.molecules import ELEMENTS, batch_of
+from library.diffspectra.molecules import batch_of
 from library.diffspectra.noise import draw_noise, key_generators
 from library.diffspectra.process import diffuse
-from library.diffspectra.queries import Query, element_places, parse_formula
+from library.diffspectra.queries import Query
 from library.diffspectra.recipe import DiffSpectraRecipe
 from library.diffspectra.sampling import Sampling, draw_counts, draw_samples
-from library.diffspectra.scaling import scale
+from library.diffspectra.scaling import State, scale
 from library.diffspectra.scoring import TIMES, denoising_penalties
 from library.diffspectra.specformer import SpecFormerSettings
 from library.errors import InputError
@@ -88,6 +89,39 @@ def test_every_sample_has_the_formula_that_is_given(elucidator, sampler):
     assert [one.formula() for one in found[2].samples] == [{"F": 2}] * 3
     [alone] = elucidator.find([free], sampling)
     assert all(map(same, alone.samples, found[0].samples)), "others' formulas do not matter"
+
+
+def test_elements_are_those_closest_to_the_prediction_with_the_counts_of_the_formula():
+    mask = torch.tensor([[True] * 3 + [False], [True] * 4])
+    nodes = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0)) * mask[..., None]
+    sure = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]])
+    chance = torch.tensor([[0.2, 0.7, 0.1, 0, 0], [0.6, 0.1, 0.3, 0, 0], [0.5, 0.2, 0.3, 0, 0]])
+    formulas = Formulas([{"H": 1, "C": 1, "N": 1}, None], mask)
+
+    def told(p):
+        nodes[0, :3, 3:8] = (2 * p - 1) / 4
+        return State(nodes.clone(), torch.zeros(2, 4, 4, 2))
+
+    def read(state):
+        return (4 * state.nodes[0, :3, 3:8] + 1) / 2
+
+    state = told(chance)
+    found = formulas.expected(state)
+    p = read(found)[:, :3]
+    torch.testing.assert_close(p.sum(0), torch.ones(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(p.sum(1), torch.ones(3), rtol=0, atol=1e-5)
+    ratio = p / chance[:, :3]  # u_i v_c: every minor of two rows and columns vanishes
+    torch.testing.assert_close(ratio[0, 0] * ratio[1, 1], ratio[0, 1] * ratio[1, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio[1, 1] * ratio[2, 2], ratio[1, 2] * ratio[2, 1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(read(formulas.expected(told(sure))), sure.float(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(read(formulas.expected(told(0.2 * torch.ones(3, 5))))[:, :3], torch.full((3, 3), 1 / 3))
+    chosen = formulas.chosen(state)
+    assert read(chosen).argmax(1).tolist() == [1, 0, 2], "the assignment of the greatest product"
+    for one in (found, chosen):
+        rest = [0, 1, 2, 8]
+        assert torch.equal(one.nodes[1], state.nodes[1])
+        assert torch.equal(one.nodes[0][:, rest], state.nodes[0][:, rest])
+        assert not one.nodes[0, 3].any()
 
 
 def test_sizes_are_drawn_from_what_the_network_says(elucidator):
@@ -167,7 +201,6 @@ def test_recordings_in_other_units_ask_the_same():
 
 def test_formulas_are_read():
     assert parse_formula("C6H5NO2") == {"H": 5, "C": 6, "N": 1, "O": 2}
-    assert [ELEMENTS[i] for i in element_places(parse_formula("HCN"))] == ["H", "C", "N"]
     for text, message in (("C2Si", "Si is none of H, C, N, O, F"), ("c2h6", "is no formula"), ("", "is no formula")):
         with pytest.raises(InputError, match=message):
             parse_formula(text)

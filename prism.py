@@ -13,7 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional
+try:
+    from tyro.conf import Positional
+except KeyboardInterrupt:  # before `main` can say so
+    sys.exit(130)
 
 from jobs import cluster_commands, commands, registry_commands
 from jobs.commands import (
@@ -231,8 +234,11 @@ def main(args: Sequence[str] | None = None) -> int:
     before = terminate_like_interrupt()
     try:
         return _dispatch(list(sys.argv[1:] if args is None else args))
-    except SystemExit as stop:  # a verb's --help
-        return int(stop.code or SUCCESS)
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:  # Ray puts a handler of its own in our handler's place
+            tell("interrupted")
+            return INTERRUPTED
+        return int(stop.code or SUCCESS)  # a verb's --help
     except KeyboardInterrupt:
         tell("interrupted")
         return INTERRUPTED

@@ -17,6 +17,7 @@ from library.errors import InputError, PrismError
 from serving.corrosion import Corrosion
 from serving.endpoint import Endpoint
 from serving.hawq import Advise, Classify
+from serving.molecule import MoleculeSearch
 from serving.rqgnn import GraphAnomaly
 from serving.send import Hallucination, Score
 from serving.settings import EndpointArgs, token_digest
@@ -40,6 +41,7 @@ ENDPOINTS: dict[str, type[Endpoint]] = {
         GraphAnomaly,
         GraphProperty,
         GraphEncoding,
+        MoleculeSearch,
     )
 }
 LOG = logging.getLogger(__name__)

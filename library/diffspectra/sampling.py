@@ -139,6 +139,4 @@ def _check(network: Conditioned, counts: Tensor, sampling: Sampling) -> None:
     if counts.numel() and not 1 <= int(counts.min()) <= int(counts.max()) <= MOST_ATOMS:
         raise InputError(f"sizes: molecules of 1 to {MOST_ATOMS} atoms are allowed, hydrogens included")
     if sampling.guidance != 1 and network.null is None:
-        raise InputError(
-            f"guidance: the network knows 1 alone, not {sampling.guidance:g}; see recipe.condition_dropout"
-        )
+        raise InputError(f"guidance: {sampling.guidance:g} was not learned, only 1; see recipe.condition_dropout")

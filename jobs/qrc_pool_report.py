@@ -1,11 +1,11 @@
 """Pictures of searches for reservoirs: every configuration's error against what varied."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.qrc_trials import Evaluated
-from tune_spaces.qrc import pool, reservoir
-from tune_spaces.space import Choice, Real
+from jobs.qrc_trials import Batch, Evaluated
+from tune_spaces.qrc import reservoir
+from tune_spaces.space import Choice, Domain, Real
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,28 +14,42 @@ if TYPE_CHECKING:
 BEST = 64  # configurations that are drawn in colour
 
 
-def pool_table(trials: Sequence[Evaluated], hours: int) -> "pd.DataFrame":
-    """A row per configuration, the best first: its error, the hours that it saw, its memory, and what it is."""
+def pool_metrics(batches: Sequence[Batch], whole: int) -> dict[str, float]:
+    """How many configurations there were, how many a processor evaluates in a minute, and the least error.
+
+    The rate of the first rung is of all of them; the other one has in it what those that went on took.
+    """
+    trials = [trial for batch in batches for trial in batch.trials]
+    first = sum(batch.seconds[min(batch.seconds)] for batch in batches)
+    return {
+        "configurations": float(len(trials)),
+        "first_rung_configurations_per_cpu_minute": 60 * len(trials) / first,
+        "configurations_per_cpu_minute": 60 * len(trials) / sum(sum(batch.seconds.values()) for batch in batches),
+        "best_single_validation_nrmse": min(trial.errors.get(whole, float("inf")) for trial in trials),
+    }
+
+
+def pool_table(trials: Sequence[Evaluated]) -> "pd.DataFrame":
+    """A row per configuration, the best first: its error, the rung that it came to, its memory, and what it is."""
     import pandas as pd
 
     rows = []
     for trial in trials:
-        seen = max(trial.errors)
+        rung = max(trial.errors)
         member = reservoir(trial.values)
-        row = {"validation_nrmse": trial.errors[seen], "hours": seen} | trial.about | trial.values
+        row = {"validation_nrmse": trial.errors[rung], "rung": rung} | trial.about | trial.values
         rows.append(row | {"features": member.width, "cx_per_step": member.cx_per_step})
-    return pd.DataFrame(rows).sort_values(["hours", "validation_nrmse"], ascending=[False, True], ignore_index=True)
+    return pd.DataFrame(rows).sort_values(["rung", "validation_nrmse"], ascending=[False, True], ignore_index=True)
 
 
-def pool_figure(trials: Sequence[Evaluated], hours: int) -> "Figure":
-    """A panel per field: validation NRMSE of the configurations that saw the whole series, the best in colour."""
+def pool_figure(trials: Sequence[Evaluated], whole: int, varies: Mapping[str, Domain]) -> "Figure":
+    """A panel per field: validation NRMSE of the configurations that came to the last rung, the best in colour."""
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    varies = pool()
-    ended = sorted((trial for trial in trials if hours in trial.errors), key=lambda trial: trial.errors[hours])
-    errors = [trial.errors[hours] for trial in ended]
+    ended = sorted((trial for trial in trials if whole in trial.errors), key=lambda trial: trial.errors[whole])
+    errors = [trial.errors[whole] for trial in ended]
     drawn = Figure(figsize=(12.0, 5.2), layout="constrained")
     jitter = np.random.default_rng(0).uniform(-0.25, 0.25, len(ended))
     for axis, (name, domain) in zip(drawn.subplots(2, 5, sharey=True).flat, varies.items(), strict=True):

@@ -2,14 +2,13 @@
 
 A search has a folder: `search.json` is the job, `pool/00003.json` a batch of single reservoirs (its features beside
 it), `onion/00001.json` a batch of variants of the chosen onion, `winner` the run that fitted the best. A search that
-is killed goes on from there.
+is killed goes on from there. A trial of Ray Tune is a whole batch: its configurations evolve as one.
 """
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -18,18 +17,20 @@ from cluster import connect, storage
 from jobs.folders import SEARCH, new_folder, resumed_folder, root_of
 from jobs.job import Job
 from jobs.qrc import QrcJob
-from jobs.qrc_trials import Batch, Evaluated, Ledger, draw, evaluate_onions, evaluate_pool, hybrid
+from jobs.qrc_evaluation import Plan, hybrid
+from jobs.qrc_trials import Evaluated, Ledger, batch_place, draw
 from jobs.report import Report
-from library.errors import InputError, PrismError
+from library.errors import InputError
 from library.qrc.nowcast import Nowcast
 from library.qrc.recipe import QrcRecipe
-from tune_spaces.qrc import first_guesses, onion, pool, reservoir, unrefined
+from tune_spaces.qrc import PoolRanges, Values, onion, reservoir, unrefined
 
 if TYPE_CHECKING:
     from library.qrc.reservoir import QuantumReservoir
     from library.qrc.selection import Step
 
 BEST = "best.json"
+BATCHES = 32
 SHARED = ("mode", "size", "encoding")  # what the reservoirs of a batch have in common, so that they evolve as one
 STARTUP = 8  # batches that are drawn at random, before the searcher knows anything of these
 
@@ -37,9 +38,9 @@ STARTUP = 8  # batches that are drawn at random, before the searcher knows anyth
 class QrcSearch(Job, frozen=True, extra="forbid"):
     """Search for the onion of quantum reservoirs with the least validation error.
 
-    Stage 1 draws batches of single reservoirs and evaluates each as one batch in one Ray task, stopping most of them
-    after a part of the series. Stage 2 chooses an onion among the best greedily, and refines its members' angles and a
-    classical layer jointly. The result is fitted with fresh seeds too, registered, and only then measured on the test.
+    Stage 1 draws batches of single reservoirs, each a trial of Ray Tune, and stops most of them after a part of the
+    series. Stage 2 chooses an onion among the best greedily, and refines its members' angles and a classical layer
+    jointly. The result is fitted with fresh seeds too, registered, and only then measured on the test.
     """
 
     job: ClassVar[str] = "tune-qrc"
@@ -52,12 +53,18 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
     """Most batches at a time; None is as many as the cluster has room for."""
     batch: int = Field(64, ge=2, le=1024)
     """Configurations of a batch of stage 1."""
+    pool: PoolRanges = PoolRanges()
+    """Ranges of the single reservoirs."""
     searcher: Literal["tpe", "random"] = "tpe"
     """Whether it learns from the batches that have ended, or draws all."""
-    rungs: tuple[PositiveInt, ...] = (1000, 3000)
-    """Hours of the series after which poor configurations are stopped."""
+    halving: Literal["hours", "seeds"] = "hours"
+    """What a configuration gets more of when it goes on: hours of the series, or seeds whose errors are averaged."""
+    rungs: tuple[PositiveInt, ...] | None = None
+    """Hours, or seeds, after which poor configurations are stopped; None is 1000 and 3000 hours, or 1 and 2 seeds."""
+    most_seeds: PositiveInt = 5
+    """Seeds of the last rung of halving over seeds."""
     reduction: int = Field(3, ge=2)
-    """At each of them the best of so many goes on."""
+    """At each of them the best of so many go on."""
     candidates: int = Field(64, ge=1)
     """The best single reservoirs among which an onion is chosen."""
     members: int = Field(3, ge=1, le=8)
@@ -70,6 +77,10 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
     """Most qubits of all members together; None is no limit."""
     most_cx: PositiveInt | None = None
     """Most CX gates of all members together in a step; None is no limit."""
+    shots: PositiveInt | None = None
+    """Shots behind each feature, in the search and in its result; None gives exact expectation values."""
+    most_shots: PositiveInt | None = None
+    """Most shots of all members together in a step; None is no limit."""
     nowcast: Nowcast = Nowcast()
     """Places of training and validation; the test is measured once, at the end."""
     washout: NonNegativeInt = 300
@@ -94,13 +105,33 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
     """One GPU for each batch."""
 
     @model_validator(mode="after")
-    def _rungs_fit(self) -> "QrcSearch":
-        if list(self.rungs) != sorted(set(self.rungs)) or (self.rungs and self.rungs[-1] >= self.nowcast.hours):
-            raise InputError(f"rungs {self.rungs}: rising, and below the {self.nowcast.hours} hours of the series")
+    def _fits_together(self) -> "QrcSearch":
+        rungs, whole = self._plan().rungs, self._plan().whole
+        if list(rungs) != sorted(set(rungs)) or (rungs and rungs[-1] >= whole):
+            raise InputError(f"rungs {rungs}: rising, and below the {whole} {self.halving} of the last")
         if self.washout >= self.nowcast.hours // 2:
             raise InputError(f"washout {self.washout}: below half of the {self.nowcast.hours} hours")
-        pool(self.most_qubits)
+        if self.most_shots and (self.shots or 0) > self.most_shots:
+            raise InputError(f"most_shots {self.most_shots}: one member alone takes {self.shots} shots a step")
+        if self.most_shots and not self.shots:
+            raise InputError("most_shots: exact expectation values take no shots; give shots too")
+        self.pool.domains(self.most_qubits)
         return self
+
+    def _plan(self, members: "tuple[QuantumReservoir, ...]" = ()) -> Plan:
+        by_hours = self.halving == "hours"
+        return Plan(
+            nowcast=self.nowcast,
+            halving=self.halving,
+            rungs=self.rungs or ((1000, 3000) if by_hours else (1, 2)),
+            whole=self.nowcast.hours if by_hours else self.most_seeds,
+            reduction=self.reduction,
+            washout=self.washout,
+            members=members,
+            spared=len(unrefined(len(members))) if members else 0,
+            shots=self.shots,
+            gpu=self.gpu,
+        )
 
     def leaves_artifact(self) -> bool:
         return True
@@ -144,35 +175,32 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
         return before.model_copy(update=given | {"name": self.resume, "storage": self.storage}), folder
 
     def _stages(self, folder: str, report: Report) -> None:
-        from jobs.qrc_pool_report import pool_figure, pool_table
+        from jobs.qrc_pool_report import pool_figure, pool_metrics, pool_table
 
+        plan = self._plan()
         singles = Ledger(storage.join(folder, "pool"))
-        self._pool(singles)
-        trials = singles.trials
-        seconds = sum(batch.seconds for batch in singles.batches)
-        report.tables["pool"] = pool_table(trials, self.nowcast.hours)
-        report.figures["pool"] = pool_figure(trials, self.nowcast.hours)
-        report.metrics = {
-            "configurations": float(len(trials)),
-            "configurations_per_cpu_minute": 60 * len(trials) / seconds,
-            "best_single_validation_nrmse": min(trial.errors.get(self.nowcast.hours, float("inf")) for trial in trials),
-        }
-        members, steps = self._choose(singles)
+        self._pool(singles, plan)
+        varies = self.pool.domains(self.most_qubits)
+        report.tables["pool"] = pool_table(singles.trials)
+        report.figures["pool"] = pool_figure(singles.trials, plan.whole, varies)
+        report.metrics = pool_metrics(singles.batches, plan.whole)
+        members, steps = self._choose(singles, plan)
         report.metrics |= {"members": float(len(members)), "greedy_validation_nrmse": steps[-1].error}
         variants = Ledger(storage.join(folder, "onion"))
         self._refine(variants, members)
-        best = min(variants.trials, key=lambda trial: trial.errors[self.nowcast.hours])
+        best = min(variants.trials, key=lambda trial: trial.errors.get(plan.whole, float("inf")))
         report.metrics |= {
             "onions": float(len(variants.trials)),
-            "refined_validation_nrmse": best.errors[self.nowcast.hours],
+            "refined_validation_nrmse": best.errors[plan.whole],
         }
         self._win(folder, members, best, report)
 
-    def _pool(self, ledger: Ledger) -> None:
+    def _pool(self, ledger: Ledger, plan: Plan) -> None:
         """Stage 1: the batches that are missing."""
-        varies, hours = pool(self.most_qubits), self.nowcast.hours
+        varies = self.pool.domains(self.most_qubits)
+        first = [guess for guess in self.pool.first_guesses(self.most_qubits) if self._fits(guess)]
 
-        def drawn(number: int) -> list[Any]:
+        def drawn(number: int) -> list[Values]:
             return draw(
                 varies,
                 ledger,
@@ -180,61 +208,61 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
                 self.batch,
                 searcher=self.searcher,
                 seed=self.seed,
-                first=[guess for guess in first_guesses(self.most_qubits) if self._fits(reservoir(guess))],
-                whole=hours,
+                first=first,
+                whole=plan.whole,
                 shared=SHARED,
                 startup=STARTUP,
-                fits=lambda values: self._fits(reservoir(values)),
+                fits=self._fits,
             )
 
-        def arguments(batch: Batch) -> tuple[Any, ...]:
-            seen = {rung: [t.errors[rung] for t in ledger.trials if rung in t.errors] for rung in self.rungs}
-            place = ledger.place(batch.number, "safetensors")
-            return batch, self.nowcast, self.rungs, seen, self.reduction, self.washout, place
+        self._run(ledger, plan, self.samples or BATCHES, drawn, "single reservoirs", features=True)
 
-        self._run_batches(ledger, self.samples or 32, drawn, evaluate_pool, arguments, "single reservoirs")
-
-    def _fits(self, member: "QuantumReservoir") -> bool:
+    def _fits(self, values: Values) -> bool:
+        member = reservoir(values)
         return (self.most_qubits or member.qubits) >= member.qubits and (self.most_cx or 10**9) >= member.cx_per_step
 
-    def _choose(self, ledger: Ledger) -> "tuple[list[QuantumReservoir], list[Step]]":
-        """The greedy onion among the best of the pool, from the moments of their features."""
-        import torch
+    def _choose(self, ledger: Ledger, plan: Plan) -> "tuple[list[QuantumReservoir], list[Step]]":
+        """The greedy onion among the best of the pool, from the moments of their features.
+
+        Of equal errors the one of fewer qubits counts, then that of fewer CX gates.
+        """
         from safetensors.torch import load
 
         from library.qrc.pool import joint_moments, parts_of
         from library.qrc.selection import forward_selection
 
-        hours = self.nowcast.hours
-        ranked = sorted(
-            (trial.errors[hours], batch.number, place)
-            for batch in ledger.batches
-            for place, trial in enumerate(batch.trials)
-            if hours in trial.errors
-        )[: self.candidates]
-        shards = {
-            n: load(storage.read_bytes(ledger.place(n, "safetensors"))) for n in {number for _, number, _ in ranked}
-        }
-        trials = {batch.number: batch.trials for batch in ledger.batches}
-        singles = [reservoir(trials[number][place].values) for _, number, place in ranked]
-        parts = parts_of(self.nowcast, ("train", "validation"))
+        known = []
+        for batch in ledger.batches:
+            for place, trial in enumerate(batch.trials):
+                if plan.whole in trial.errors:
+                    member = reservoir(trial.values)
+                    costs = (member.qubits, member.cx_per_step)
+                    known.append((trial.errors[plan.whole], *costs, batch.number, place, member))
+        ranked = sorted(known, key=lambda entry: entry[:-1])[: self.candidates]
+        numbers = {entry[3] for entry in ranked}
+        shards = {n: load(storage.read_bytes(batch_place(ledger.folder, n, "safetensors"))) for n in numbers}
         moments = {}
-        for name, part in parts.items():
-            features = [shards[number][f"{place}.{name}"] for _, number, place in ranked]
+        for name, part in parts_of(self.nowcast, ("train", "validation")).items():
+            features = [shards[number][f"{place}.{name}"] for *_, number, place, _ in ranked]
             moments[name] = joint_moments(features, part.targets, self.washout)
-        costs = torch.tensor([[member.qubits, member.cx_per_step] for member in singles], dtype=torch.float64)
-        limits = [float(self.most_qubits or 10**9), float(self.most_cx or 10**9)]
+        unlimited = float(10**9)
+        limits = [float(limit or unlimited) for limit in (self.most_qubits, self.most_cx, self.most_shots)]
         whole, _, columns = moments["train"]
         steps = forward_selection(
-            whole, moments["validation"][1], columns, most=self.members, costs=costs.tolist(), limits=limits
+            whole,
+            moments["validation"][1],
+            columns,
+            most=self.members,
+            costs=[[float(entry[1]), float(entry[2]), float(self.shots or 0)] for entry in ranked],
+            limits=limits,
         )
-        return [singles[step.candidate] for step in steps], steps
+        return [ranked[step.candidate][-1] for step in steps], steps
 
     def _refine(self, ledger: Ledger, members: "list[QuantumReservoir]") -> None:
         """Stage 2: the batches of variants that are missing."""
-        count = -(-self.refinements // self.refine_batch)
+        plan = self._plan(tuple(members))
 
-        def drawn(number: int) -> list[Any]:
+        def drawn(number: int) -> list[Values]:
             size = min(self.refine_batch, self.refinements - number * self.refine_batch)
             return draw(
                 onion(len(members)),
@@ -244,60 +272,27 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
                 searcher=self.searcher,
                 seed=self.seed + 1,
                 first=unrefined(len(members)),
-                whole=self.nowcast.hours,
+                whole=plan.whole,
             )
 
-        def arguments(batch: Batch) -> tuple[Any, ...]:
-            return batch, members, self.nowcast, self.washout
+        count = -(-self.refinements // self.refine_batch)
+        self._run(ledger, plan, count, drawn, "onions", features=False)
 
-        self._run_batches(ledger, count, drawn, evaluate_onions, arguments, "onions")
-
-    def _run_batches(
+    def _run(
         self,
         ledger: Ledger,
+        plan: Plan,
         count: int,
-        drawn: Callable[[int], list[Any]],
-        evaluate: Callable[..., Batch],
-        arguments: Callable[[Batch], tuple[Any, ...]],
+        drawn: Callable[[int], list[Values]],
         what: str,
+        *,
+        features: bool,
     ) -> None:
-        """Those of `count` batches that have not ended: first the ones that were cut off, then new ones."""
-        import ray
+        from jobs.qrc_batches import run_batches
 
-        task = ray.remote(num_cpus=self.cpus_per_task, num_gpus=1 if self.gpu else 0, max_retries=2)(evaluate)
-        room = self.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1) // self.cpus_per_task))
-        waiting = self._waiting(ledger, count, drawn)
-        flying: dict[Any, int] = {}
-        more = True
-        try:
-            while more or flying:
-                while more and len(flying) < room:
-                    batch = next(waiting, None)
-                    more = batch is not None
-                    if batch is not None:
-                        flying[task.remote(*arguments(batch))] = batch.number
-                if flying:
-                    [done], _ = ray.wait(list(flying))
-                    number = flying.pop(done)
-                    ledger.write(_got(done, f"batch {number} of {what}"))
-                    self._tell(ledger, count, what)
-        finally:
-            for left in flying:
-                ray.cancel(left, force=True)
-
-    def _waiting(self, ledger: Ledger, count: int, drawn: Callable[[int], list[Any]]) -> Iterator[Batch]:
-        yield from [batch for batch in ledger.batches if batch.state == "running"]
-        for number in range(len(ledger.batches), count):
-            batch = Batch(number=number, trials=[Evaluated(values=values) for values in drawn(number)])
-            ledger.write(batch)
-            yield batch
-
-    def _tell(self, ledger: Ledger, count: int, what: str) -> None:
-        ended = sum(batch.state == "finished" for batch in ledger.batches)
-        hours = self.nowcast.hours
-        best = min((trial.errors[hours] for trial in ledger.trials if hours in trial.errors), default=float("nan"))
-        line = f"qrc  {ended}/{count} batches, {len(ledger.trials)} {what}  best validation NRMSE {best:.4f}"
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        options = {"cpus": self.cpus_per_task, "concurrent": self.concurrent, "features": features}
+        if not run_batches(ledger, plan, count, drawn, what, **options):
+            raise KeyboardInterrupt
 
     def _win(self, folder: str, members: "list[QuantumReservoir]", best: Evaluated, report: Report) -> None:
         """Fit the best onion with its own and fresh seeds, measure it on the test, and register it."""
@@ -306,7 +301,7 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
 
         found = hybrid(members, best.values)
         layer = found.layer
-        changes: dict[str, Any] = {"units": 0, "washout": self.washout}
+        changes: dict[str, Any] = {"units": 0, "washout": self.washout, "shots": self.shots}
         if layer is not None:
             names = ("units", "spectral_radius", "leak", "input_scale")
             changes |= {name: getattr(layer, name) for name in names} | {"wiring": found.wiring}
@@ -341,21 +336,6 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
             f"onions by validation at {', '.join(self.nowcast.validation)}; tests are at {', '.join(self.nowcast.test)}"
         )
         report.notes.append(f"repeat it: prism run qrc --config {storage.join(folder, BEST)}")
-
-
-def _got(done: Any, what: str) -> Batch:
-    """A task's batch. Raises its own PrismError, or one that names the batch."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return ray.get(done)
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, PrismError):
-            raise cause from None
-        first = (str(cause).splitlines() or [""])[0]
-        raise PrismError(f"{what} failed ({type(cause).__name__}: {first}); resume to try it again") from error
 
 
 def _named(folder: str) -> str:

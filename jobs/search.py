@@ -6,18 +6,22 @@ scheduler stopped as a complete one with the value it had then, and starts its r
 restored; here Optuna is told that the trial was pruned, and the draws go on.
 """
 
+import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
+from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster import storage
 from jobs.pareto import costs, crowding, front_ranks
+from library import files
 from library.errors import PrismError
 from tune_spaces.space import Space
 
@@ -246,6 +250,40 @@ def scheduler(space: Space, records: list[TrialRecord], steps: int) -> TrialSche
             for step, report in sorted(record.curve.items()):
                 halving.on_trial_result(None, replayed, {"step": step} | report)
     return halving
+
+
+def run_trials(
+    trial: Callable[[dict[str, Any]], None],
+    resources: Mapping[str, float],
+    searcher: Searcher,
+    halving: TrialScheduler,
+    *,
+    samples: int,
+    concurrent: int,
+    max_failures: int,
+) -> None:
+    """Run trials with Ray Tune, silently: whoever gave the searcher keeps the records, and Ray's own are dropped."""
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges reports no objective
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a corpus may be named by a relative path
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints tables even when it is told to be silent
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    with files.scratch_folder() as scratch:
+        tune.Tuner(
+            tune.with_resources(trial, dict(resources)),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=halving,
+                num_samples=samples,
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=str(scratch),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+            ),
+        ).fit()
 
 
 class ParetoHalving(FIFOScheduler):

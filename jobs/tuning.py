@@ -6,7 +6,6 @@ killed goes on from there: finished trials stay, those that were running resume 
 """
 
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ from jobs.report import Report
 from jobs.spaces import SPACES
 from jobs.training import TrainingJob
 from jobs.workers import check_room
-from library import files
 from library.errors import InputError, PrismError
 from tune_spaces.space import Searcher, Space
 
@@ -142,9 +140,8 @@ class TuneJob(Job, frozen=True, extra="forbid"):
     def _tune(self, space: Space, journal: "Journal", reference: Mapping[int, float], samples: int) -> bool:
         """Run what is missing of the trials; whether it was interrupted."""
         import optuna
-        from ray import tune
 
-        from jobs.search import JournalSearcher, scheduler, trial_folder
+        from jobs.search import JournalSearcher, run_trials, scheduler, trial_folder
 
         drawn = sum(record.group is None for record in journal.records)
         baselines = sum(map(len, space.baselines.values())) - (len(journal.records) - drawn)
@@ -160,35 +157,18 @@ class TuneJob(Job, frozen=True, extra="forbid"):
 
         alone = base.scaling.workers == 1
         needs = {"CPU": base.scaling.cpus_per_worker} | ({"GPU": 1} if base.scaling.gpu else {})
-        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges reports no objective
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a corpus may be named by a relative path
-        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints tables even when it is told to be silent
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with files.scratch_folder() as scratch:  # Ray's own record, which nothing reads
-            tune.Tuner(
-                tune.with_resources(trial, needs if alone else {"CPU": 0, "memory": 1 << 20}),
-                tune_config=tune.TuneConfig(
-                    search_alg=JournalSearcher(
-                        space,
-                        journal,
-                        samples=samples,
-                        kind=self.searcher or space.searcher,
-                        seed=self.seed,
-                        steps=steps,
-                    ),
-                    scheduler=scheduler(space, journal.records, steps),
-                    num_samples=missing,
-                    max_concurrent_trials=self.concurrent or _room(base),
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(
-                    name="trials",
-                    storage_path=str(scratch),
-                    verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=base.max_failures),
-                ),
-            ).fit()
+        run_trials(
+            trial,
+            needs if alone else {"CPU": 0, "memory": 1 << 20},
+            JournalSearcher(
+                space, journal, samples=samples, kind=self.searcher or space.searcher, seed=self.seed, steps=steps
+            ),
+            scheduler(space, journal.records, steps),
+            samples=missing,
+            concurrent=self.concurrent or _room(base),
+            max_failures=base.max_failures,
+        )
         return any(record.state == "running" for record in journal.records)
 
     def _report(self, space: Space, journal: "Journal", folder: str, interrupted: bool) -> Report:

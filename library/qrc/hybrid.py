@@ -10,6 +10,7 @@ do not publish how it is wired; both wirings are offered for that reason.
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -20,7 +21,7 @@ from library.errors import InputError
 from library.qrc.drive import drive_many
 from library.qrc.esn import EchoState, drive_echo_states
 from library.qrc.reservoir import QuantumReservoir, Reservoir
-from library.qrc.shots import SampledReservoir
+from library.qrc.shots import SampledReservoir, drive_sampled
 
 Member = QuantumReservoir | SampledReservoir | EchoState
 Wiring = Literal["parallel", "stacked"]
@@ -131,15 +132,21 @@ class HybridReservoir(BaseModel, frozen=True, extra="forbid"):
 
 
 def drive_members(
-    members: Sequence[Member], inputs: Tensor, states: Sequence[Tensor] | None = None
+    members: Sequence[Member],
+    inputs: Tensor,
+    states: Sequence[Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.complex128,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Features and last states of the members: sampled ones by themselves, the others each sort as one batch."""
+    """Features and last states of the members, each sort as one batch; `dtype` is that of the quantum ones."""
     features: list[Any] = [None] * len(members)
     after: list[Any] = [None] * len(members)
-    for place, member in enumerate(members):
-        if isinstance(member, SampledReservoir):
-            features[place], after[place] = member.drive(inputs, None if states is None else states[place])
-    for kind, drive in ((QuantumReservoir, drive_many), (EchoState, drive_echo_states)):
+    sorts = (
+        (QuantumReservoir, partial(drive_many, dtype=dtype)),
+        (SampledReservoir, partial(drive_sampled, dtype=dtype)),
+        (EchoState, drive_echo_states),
+    )
+    for kind, drive in sorts:
         places = [place for place, member in enumerate(members) if isinstance(member, kind)]
         if places:
             own = None if states is None else [states[place] for place in places]

@@ -10,6 +10,7 @@ An estimate of a feature f has variance (1 - f^2) / shots in both; what differs 
 together. Source: Monte Carlo wave functions (Dalibard, Castin, Molmer, PRL 68, 580, 1992) for the second.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.qrc import gates, trajectories
-from library.qrc.drive import checked_inputs, evolve
+from library.qrc.drive import checked_inputs, evolve, grouped
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.state import checked_rows
 
@@ -70,37 +71,89 @@ class SampledReservoir(BaseModel, frozen=True, extra="forbid"):
             inner = self.reservoir.start(series)
         return torch.cat([inner, torch.zeros(series, 1, dtype=torch.float64)], 1)
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether what was drawn in one step acts on the next, so that steps are drawn one by one."""
+        fed = self.reservoir.mode != "persistent" and self.reservoir.feedback_by == "expectation"
+        return fed or self.sampling == "trajectory"
+
     def drive(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Estimated features float64 (series, time, width) for inputs (series, time, channels), and the state after."""
+        if not self.stepwise:
+            features, states = drive_sampled([self], inputs, None if state is None else [state])
+            return features[0], states[0]
         inputs = checked_inputs(inputs)
+        state = self.checked(state, inputs)
+        generator = self.generator(state)
+        if self.sampling == "trajectory":
+            features, after = trajectories.evolve(self.reservoir, inputs, state[:, :-1], self.shots, generator)
+            return features, self.counted(after, state, inputs)
+        inner = self.reservoir
+        outputs, after = evolve(
+            [inner],
+            inputs,
+            [checked_rows(inner, state[:, :-1], inputs)],
+            gates.parity_matrix(inner.qubits, range(inner.observed_qubits)),
+            estimate=lambda probabilities: self.seen(probabilities, generator),
+        )
+        return outputs[:, 0], self.counted(after[:, 0], state, inputs)
+
+    def seen(self, probabilities: Tensor, generator: torch.Generator) -> Tensor:
+        """Shares of the shots that show each outcome."""
+        return sample_counts(probabilities, self.shots, generator) / self.shots
+
+    def generator(self, state: Tensor) -> torch.Generator:
+        """Of what is drawn from a state (series, size) on."""
+        return torch.Generator(state.device).manual_seed((self.seed * 1_000_003 + int(state[0, -1])) % 2**63)
+
+    def checked(self, state: Tensor | None, inputs: Tensor) -> Tensor:
+        """The state for inputs (series, time, channels), or the start; InputError for one of another shape."""
         state = self.start(len(inputs)).to(inputs.device) if state is None else state
         if state.shape != (wanted := (len(inputs), self.start(1).shape[1])):
             raise InputError(f"the state has shape {tuple(state.shape)}; this reservoir and input take {wanted}")
-        counter = state[:, -1]
-        generator = torch.Generator(inputs.device).manual_seed((self.seed * 1_000_003 + int(counter[0])) % 2**63)
-        if self.sampling == "trajectory":
-            features, after = trajectories.evolve(self.reservoir, inputs, state[:, :-1], self.shots, generator)
-        else:
-            features, after = self._independent(inputs, state[:, :-1], generator)
-        return features, torch.cat([after, counter[:, None] + inputs.shape[1]], 1)
+        return state
+
+    def counted(self, after: Tensor, state: Tensor, inputs: Tensor) -> Tensor:
+        """The state after the inputs: what the reservoir carries, and the steps so far."""
+        return torch.cat([after, state[:, -1:] + inputs.shape[1]], 1)
 
     def describe(self) -> dict[str, Any]:
         """The reservoir's description, and the shots."""
         return self.reservoir.describe() | {"shots": self.shots, "sampling": self.sampling, "shot_seed": self.seed}
 
-    def _independent(self, inputs: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        inner = self.reservoir
-        rows = checked_rows(inner, rows, inputs)
-        parities = gates.parity_matrix(inner.qubits, range(inner.observed_qubits)).to(inputs.device)
-        everything = torch.eye(2**inner.qubits, dtype=torch.float64)
-        fed = inner.mode != "persistent" and inner.feedback_by == "expectation"
 
-        def seen(probabilities: Tensor) -> Tensor:
-            return sample_counts(probabilities, self.shots, generator) / self.shots
+def drive_sampled(
+    members: Sequence[SampledReservoir],
+    inputs: Tensor,
+    states: Sequence[Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.complex128,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Features (series, time, width) of every member, and the states after the last step.
 
-        outputs, after = evolve([inner], inputs, [rows], everything, estimate=seen if fed else None)
-        frequencies = outputs[:, 0] if fed else seen(outputs[:, 0])
-        return frequencies @ parities, after[:, 0]
+    Each draws what it would draw alone. The probabilities of members whose draws do not act on later steps are evolved
+    together, in the precision of `dtype`. Raises InputError as `library.qrc.drive.drive_many`.
+    """
+    inputs = checked_inputs(inputs)
+    begun = [member.checked(None if states is None else states[k], inputs) for k, member in enumerate(members)]
+    features: list[Any] = [None] * len(members)
+    after: list[Any] = [None] * len(members)
+    for place, member in enumerate(members):
+        if member.stepwise:
+            features[place], after[place] = member.drive(inputs, begun[place])
+    free = [place for place, member in enumerate(members) if not member.stepwise]
+    for group in grouped([members[place].reservoir for place in free]):
+        places = [free[k] for k in group]
+        together = [members[place].reservoir for place in places]
+        rows = [checked_rows(each, begun[k][:, :-1], inputs) for each, k in zip(together, places, strict=True)]
+        everything = torch.eye(2 ** together[0].qubits, dtype=torch.float64)
+        parities = gates.parity_matrix(together[0].qubits, range(together[0].observed_qubits)).to(inputs.device)
+        outputs, ends = evolve(together, inputs, rows, everything, dtype=dtype)
+        for k, place in enumerate(places):
+            member, state = members[place], begun[place]
+            features[place] = member.seen(outputs[:, k].double(), member.generator(state)) @ parities
+            after[place] = member.counted(ends[:, k], state, inputs)
+    return features, after
 
 
 def sample_counts(probabilities: Tensor, shots: int, generator: torch.Generator) -> Tensor:

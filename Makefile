@@ -1,11 +1,11 @@
-# demo, test, bench, lint: each prepares .venv when it is missing or its requirements have changed.
+# demo, test, bench, docs, lint: each prepares .venv when it is missing or its requirements have changed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench docs lint
 
 demo: $(READY)
 	$(BIN)/prism demo
@@ -15,6 +15,9 @@ test: $(READY)
 
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks
+
+docs: $(READY)
+	$(BIN)/python docs/pages.py
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -73,6 +73,39 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copy
 
 
+def test_pages_are_what_their_sources_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/pages.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*/*.md")]
+    links = [
+        (document, link)
+        for document in documents
+        for link in re.findall(r"\]\(([^)#:]+)", document.read_text())
+        if not (document.parent / link).exists()
+    ]
+    assert documents
+    assert not links
+
+
+def test_the_faults_that_are_promised_are_tested() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    files = set(re.findall(r"`((?:faults|jobs|cluster)/test_\w+\.py)`", text))
+    assert len(files) >= 6
+    assert not [file for file in files if not (ROOT / "tests" / file).exists()]
+
+
+def test_every_benchmark_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    files = (ROOT / "benchmarks").glob("[!_]*.py")
+    names = [file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()]
+    assert not [name for name in names if f"\n## {name}\n" not in page]
+
+
 def test_the_guides_method_passes_its_own_tests_and_the_style(built: Copy) -> None:
     for check in (("pytest", "-q", "tests/library/test_texture.py"), ("doctest", "library/texture/recipe.py")):
         done = built.python(*check)

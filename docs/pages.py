@@ -1,0 +1,98 @@
+"""Write the page of each method, and the index of all documents: `make docs`.
+
+    python docs/pages.py [--check]
+
+A page has its head from the room's README, its commands from the tables of jobs, searches and endpoints, and its claims
+and figures from what `prism reproduce` wrote. With --check nothing is written: the exit status is 1 where a file is not
+what it would be.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jobs import JOBS, METHODS, SEARCHES  # noqa: E402 - the repository's root must be importable first
+from jobs.reproduce import REPRODUCTIONS  # noqa: E402
+from serving.app import ENDPOINTS  # noqa: E402
+
+DOCS = ROOT / "docs"
+DOCUMENTS = {
+    "quickstart.md": "from nothing to a trained model behind an endpoint",
+    "data-formats.md": "which files each command reads, and what it writes",
+    "cluster.md": "many nodes: Ray's launcher, Kubernetes, a trial on one machine, submitting jobs, planning",
+    "serving.md": "endpoints in production: tokens, formats, updates, metrics, limits",
+    "console.md": "the web console",
+    "reliability.md": "what is promised when something breaks, and the test that shows it",
+    "performance.md": "times beside those of what one would use otherwise, from `make bench`",
+    "adding-a-method.md": "every file of a new method, with a whole example",
+}
+
+
+def main() -> int:
+    pages = {DOCS / "methods" / f"{method}.md": page(method) for method in METHODS}
+    pages[DOCS / "README.md"] = index()
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        print("\n".join(f"{path.relative_to(ROOT)} is not what `make docs` writes" for path in stale), end="")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(pages[path])
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+def page(method: str) -> str:
+    """The page of one method."""
+    readme = (ROOT / "library" / method / "README.md").read_text()
+    head = readme.split("\n\n| to understand")[0].split("\n\n```")[0]
+    code = re.search(r"```python\n.*?```", readme, re.DOTALL)
+    parts = [
+        head.strip(),
+        f"How it is built, and what differs from the paper: [library/{method}](../../library/{method}/README.md).",
+        "## Commands\n\n" + commands(method),
+    ]
+    if code:
+        parts.append(f"## In a notebook\n\n{code[0]}")
+    results = DOCS / "results" / f"{method}.md"
+    if results.exists():
+        parts.append(claims(results))
+    if (DOCS / "performance.md").exists() and f"\n## {method}\n" in (DOCS / "performance.md").read_text():
+        parts.append(f"## Performance\n\nBeside its peers: [performance.md](../performance.md#{method}).")
+    return "\n\n".join(parts) + "\n"
+
+
+def commands(method: str) -> str:
+    """A table of what can be run, searched, served and reproduced."""
+    lines = [(f"prism run {name}", job.summary) for name, job in JOBS.items() if job.method == method]
+    lines += [(f"prism tune {name}", summary) for name, summary in SEARCHES.items() if name == method]
+    lines += [(f"prism serve {e.name}", e.summary) for e in ENDPOINTS.values() if method in (e.kind, e.model)]
+    lines += [(f"prism reproduce {method}", "the paper's claims, measured again")] if method in REPRODUCTIONS else []
+    rows = [f"| `{command}` | {summary} |" for command, summary in lines]
+    return "\n".join(["| command | what it does |", "|---|---|", *rows])
+
+
+def claims(results: Path) -> str:
+    """The table of claims and the first figure of a reproduction, with a link to the whole."""
+    text = results.read_text()
+    table = re.search(r"(^\|.*\n)+", text, re.MULTILINE)
+    figures = re.findall(r"!\[(.*?)\]\((.*?)\)", text)
+    name = f"../results/{results.name}"
+    parts = [f"## Results\n\nWritten by `prism reproduce {results.stem}`; the whole: [{results.name}]({name})."]
+    if table:
+        parts.append(table[0].strip())
+    parts += [f"![{title}](../results/{file})" for title, file in figures]
+    return "\n\n".join(parts)
+
+
+def index() -> str:
+    """The index of documents that are there, and of methods."""
+    documents = [f"* [{name}]({name}): {what}" for name, what in DOCUMENTS.items() if (DOCS / name).exists()]
+    methods = [f"* [{name}](methods/{name}.md): {method.summary} ({method.paper})" for name, method in METHODS.items()]
+    return "\n".join(["# Documents", "", *documents, "", "# Methods", "", *methods, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,7 +32,7 @@ class Perceptron(nn.Module):
 
     def activate(self, place: int, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Norm, ReLU and dropout after hidden layer `place`, for tensors that share batch statistics."""
-        active = [F.relu(x, inplace=self.norm != "none") for x in self.norms[place](rows, weights)]
+        active = self.norms[place](rows, weights, relu=True)
         return [F.dropout(x, self.dropout, self.training) for x in active] if self.dropout else active
 
     def __repr__(self) -> str:

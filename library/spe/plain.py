@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.spe.batch import SpeBatch
 from library.spe.columns import ColumnGin
 from library.spe.network import Eigenvectors, GraphNetwork, Spe
+from library.spe.norms import EPSILON, MOMENTUM, BatchNorm, LayerNorm, NoNorm
 from library.spe.perceptron import Perceptron
 from library.spe.rho import PerceptronRho
 
@@ -47,7 +48,7 @@ def _plain_gin(gin: ColumnGin, x: Tensor, batch: SpeBatch) -> Tensor:
     """X <- MLP((1 + eps) X + sum of the neighbours' X), X (N, columns, width)."""
     for place, layer in enumerate(gin.layers):
         if place and gin.between is not None:
-            [x] = gin.between[place - 1]([x])
+            x = _plain_norm(gin.between[place - 1], x)
         messages = torch.zeros_like(x).index_add(0, batch.destinations, x[batch.sources])
         x = _plain_perceptron(layer.mlp, (1 + layer.eps) * x + messages)
     return x
@@ -55,9 +56,17 @@ def _plain_gin(gin: ColumnGin, x: Tensor, batch: SpeBatch) -> Tensor:
 
 def _plain_perceptron(mlp: Perceptron, x: Tensor) -> Tensor:
     for linear, norm in zip(mlp.hidden, mlp.norms, strict=True):
-        [x] = norm([linear(x)])
-        x = F.relu(x)
+        x = F.relu(_plain_norm(norm, linear(x)))
     return mlp.last(x)
+
+
+def _plain_norm(norm: BatchNorm | LayerNorm | NoNorm, x: Tensor) -> Tensor:
+    """PyTorch's batch norm over all rows, which sees the padding; the others as they are."""
+    if not isinstance(norm, BatchNorm):
+        return norm([x])[0]
+    statistics = norm.running_mean, norm.running_var
+    found = F.batch_norm(x.flatten(0, -2), *statistics, norm.weight, norm.bias, norm.training, MOMENTUM, EPSILON)
+    return found.view_as(x)
 
 
 class _Given(nn.Module):

@@ -205,6 +205,24 @@ def test_weights_of_rows_are_repetitions_in_batch_statistics():
     torch.testing.assert_close(torch.cat(found)[[0, 2, 3, 4, 5]], expected[[0, 1, 4, 5, 7]], **EXACT)
     torch.testing.assert_close(weighted.running_var, repeated.running_var, **EXACT)
     torch.testing.assert_close(weighted.running_mean, repeated.running_mean, **EXACT)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_derivatives_pass_through_batch_statistics(relu):
+    rows = [torch.randn(n, 3, generator=generator(n)).double().requires_grad_() for n in (4, 1, 5)]
+    counts = [torch.tensor([1.0, 0.0, 3.0, 1.0]).double(), torch.tensor([2.0]).double(), torch.arange(5).double()]
+    norm, factors = BatchNorm(3).double(), torch.randn(2, 3, generator=generator()).double().unbind()
+    norm.weight.data, norm.bias.data = factors
+
+    def normalized(weight, bias, *rows):
+        found = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (rows, counts), {"relu": relu})
+        return tuple(found)
+
+    inputs = [factor.clone().requires_grad_() for factor in factors] + rows
+    assert torch.autograd.gradcheck(normalized, inputs)
+
+
+def test_batch_norm_refuses_a_single_row():
     with pytest.raises(InputError, match="at least two rows"):
         BatchNorm(3)([torch.ones(1, 3)])
 

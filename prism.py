@@ -18,7 +18,7 @@ try:
 except KeyboardInterrupt:  # before `main` can say so
     sys.exit(130)
 
-from jobs import cluster_commands, commands, registry_commands
+from jobs import cluster_commands, commands, plan_command, registry_commands
 from jobs.commands import (
     BAD_INPUT,
     FAILED,
@@ -32,6 +32,7 @@ from jobs.commands import (
     terminate_like_interrupt,
 )
 from library.errors import ArtifactError, InputError, PrismError
+from serving.ingress import Ingress
 
 if TYPE_CHECKING:
     from serving.app import Served
@@ -78,6 +79,9 @@ class Serve(OnCluster):
     """Interface to listen on; 0.0.0.0 for all, and then set PRISM_TOKEN, which clients must present."""
     port: int = 8000
     """Port to listen on."""
+    ingress: Ingress = "proxy"
+    """Who takes requests in: proxy, Serve's own; haproxy, with more throughput, but replicas listen on all interfaces;
+    fast, haproxy with Serve's throughput options. Ray must be started by this command."""
 
     def __call__(self) -> int:
         with self.deployed() as served:
@@ -85,9 +89,10 @@ class Serve(OnCluster):
                 f"{name} serves {reference}\n  POST {served.url}/{name}/predict\n  page {served.url}/{name}/docs"
                 for name, reference in served.endpoints.items()
             ]
+            lines += [f"{name} is left out: {reason}" for name, reason in served.left_out.items()]
             lines.append(f"try: prism ask {next(iter(served.endpoints))} --url {served.url}    stop: Ctrl-C")
             self.console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-            self.finish({"url": served.url, "endpoints": served.endpoints})
+            self.finish({"url": served.url, "endpoints": served.endpoints, "left_out": served.left_out})
             served.wait()
         return SUCCESS
 
@@ -101,7 +106,8 @@ class Serve(OnCluster):
             raise InputError(f"--artifact {wrong[0]}: give ENDPOINT=REFERENCE, such as hallucination=models:/send/1")
         artifacts = {name: reference for name, _, reference in pairs}
         names = list(dict.fromkeys([*self.endpoints, *artifacts])) if self.endpoints else None
-        with serve_endpoints(names, artifacts, host=self.host, port=self.port, address=self.address) as served:
+        where = {"host": self.host, "port": self.port, "address": self.address, "ingress": self.ingress}
+        with serve_endpoints(names, artifacts, **where) as served:
             terminate_like_interrupt()
             yield served
 
@@ -214,6 +220,7 @@ VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
     "list": List,
     "run": commands.run,
     "tune": commands.tune,
+    "plan": plan_command.plan,
     "serve": Serve,
     "console": Console,
     "ask": Ask,
@@ -222,6 +229,7 @@ VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
     "registry show": registry_commands.RegistryShow,
     "registry push": registry_commands.RegistryPush,
     "registry promote": registry_commands.RegistryPromote,
+    "registry rollback": registry_commands.RegistryRollback,
     "cluster local": ClusterLocal,
     "cluster render": cluster_commands.ClusterRender,
     "demo": Demo,

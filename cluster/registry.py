@@ -37,6 +37,7 @@ REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?
 FOREIGN_IN_KEY = re.compile(r"[^\w\-. :/]", re.ASCII)
 PARAMETERS_PER_CALL = 100  # MLflow's limits
 PARAMETER_LENGTH = 6000
+PAST_MOVES = 20  # of an alias that are remembered
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def register(folder: str | Path, name: str, *, run: Run | None = None, aliases: 
                     client.set_terminated(holder.id)
         with session(uri) as client:
             for alias in aliases:
-                client.set_registered_model_alias(name, alias, str(version))
+                _move(client, name, alias, int(version))
     except PrismError as error:
         raise PrismError(
             f"{error}; the artifact is safe at {artifact.path}: retry with `prism registry push {artifact.path}`"
@@ -155,12 +156,54 @@ def resolve(reference: str | Path, *, kind: str | None = None) -> Path:
     return artifact.path
 
 
+def artifact_version(reference: str) -> str:
+    """The artifact's version that models:/NAME@ALIAS means now: one cheap question, for those who ask again and again.
+
+    Raises InputError for what is no such reference, PrismError when there is no answer.
+    """
+    match = REFERENCE.fullmatch(reference)
+    if match is None or match["alias"] is None:
+        raise InputError(f"{reference} does not name an alias; give models:/NAME@ALIAS")
+    with session(location(), exclusive=False) as client:
+        return client.get_model_version_by_alias(match["name"], match["alias"]).tags.get("artifact", "")
+
+
+def follows(reference: str) -> bool:
+    """Whether a reference may mean another artifact later: whether it names an alias."""
+    match = REFERENCE.fullmatch(reference)
+    return match is not None and match["alias"] is not None
+
+
 def set_alias(name: str, alias: str, version: int) -> None:
-    """Let models:/NAME@ALIAS mean `version` of model `name` from now on."""
+    """Let models:/NAME@ALIAS mean `version` of model `name` from now on; `roll_back` returns to what it meant."""
     _check_alias(alias)
     with session(location()) as client:
         _find(client, name, str(version), None)
-        client.set_registered_model_alias(name, alias, str(version))
+        _move(client, name, alias, version)
+
+
+def roll_back(name: str, alias: str) -> int:
+    """Let models:/NAME@ALIAS mean again what it meant before its last move, and return that version's number.
+
+    Repeated, it goes further back. Raises InputError when there is nothing to go back to.
+    """
+    with session(location()) as client:
+        model = _model(client, name)
+        if alias not in model.aliases:
+            raise InputError(
+                f"model {name} has no alias {alias!r}; it has {', '.join(sorted(model.aliases)) or 'none'}"
+            )
+        now = int(model.aliases[alias])
+        there = {int(version.version) for version in _versions(client, name)}
+        past = [version for version in _past(model, alias) if version in there]
+        while past and past[-1] == now:
+            past.pop()
+        if not past:
+            raise InputError(f"models:/{name}@{alias} has meant version {now} alone; promote another one instead")
+        back = past.pop()
+        client.set_registered_model_alias(name, alias, str(back))
+        client.set_registered_model_tag(name, f"past.{alias}", json.dumps(past))
+    return back
 
 
 def list_models() -> list[str]:
@@ -242,6 +285,19 @@ def _find(client: "MlflowClient", name: str, version: str | None, alias: str | N
     if wanted not in numbers:
         raise InputError(f"model {name} has no version {version or ''}; it has {_ranges(numbers) or 'none'}")
     return versions[numbers.index(wanted)]
+
+
+def _move(client: "MlflowClient", name: str, alias: str, version: int) -> None:
+    """Move an alias; what it meant is written down first, so that a process killed in between loses nothing."""
+    model = client.get_registered_model(name)
+    if alias in model.aliases and int(model.aliases[alias]) != version:
+        past = [*_past(model, alias), int(model.aliases[alias])][-PAST_MOVES:]
+        client.set_registered_model_tag(name, f"past.{alias}", json.dumps(past))
+    client.set_registered_model_alias(name, alias, str(version))
+
+
+def _past(model: Any, alias: str) -> list[int]:
+    return json.loads(model.tags.get(f"past.{alias}", "[]"))
 
 
 def _model(client: "MlflowClient", name: str) -> Any:

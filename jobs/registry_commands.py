@@ -73,7 +73,7 @@ class RegistryPush(Output):
 
 @dataclass(frozen=True)
 class RegistryPromote(Output):
-    """Let an alias mean a version: endpoints serve the one that is @champion."""
+    """Let an alias mean a version: endpoints that run change over to the @champion within seconds."""
 
     name: Positional[str]
     """Name of the model."""
@@ -85,7 +85,26 @@ class RegistryPromote(Output):
     def __call__(self) -> int:
         from cluster import registry
 
+        registry.resolve(f"models:/{self.name}/{self.version}")  # a corrupt one is refused here, not by the endpoints
         registry.set_alias(self.name, self.alias, self.version)
         self.console().print(f"models:/{self.name}@{self.alias} is version {self.version}", highlight=False)
         self.finish({"name": self.name, "version": self.version, "alias": self.alias})
+        return SUCCESS
+
+
+@dataclass(frozen=True)
+class RegistryRollback(Output):
+    """Let an alias mean again what it meant before it was moved; repeated, go further back."""
+
+    name: Positional[str]
+    """Name of the model."""
+    alias: str = "champion"
+    """The alias."""
+
+    def __call__(self) -> int:
+        from cluster import registry
+
+        version = registry.roll_back(self.name, self.alias)
+        self.console().print(f"models:/{self.name}@{self.alias} is version {version} again", highlight=False)
+        self.finish({"name": self.name, "version": version, "alias": self.alias})
         return SUCCESS

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
-from library.errors import InputError, PrismError
+from library.errors import ArtifactError, InputError, PrismError
 from serving.corrosion import Corrosion
 from serving.endpoint import Endpoint
 from serving.hawq import Advise, Classify
+from serving.ingress import Ingress, prepare
 from serving.molecule import MoleculeSearch
 from serving.rqgnn import GraphAnomaly
 from serving.send import Hallucination, Score
@@ -58,6 +59,10 @@ def build(args: EndpointArgs) -> "Application":
     Replicas use the registry that this process uses. Raises InputError for an unknown endpoint or reference,
     ArtifactError for an artifact that is corrupt or of another kind: nothing is deployed then.
     """
+    return _application(args)
+
+
+def _application(args: EndpointArgs, cpus: float = 1.0) -> "Application":
     from ray import serve
 
     from cluster.registry import resolve
@@ -76,7 +81,7 @@ def build(args: EndpointArgs) -> "Application":
         graceful_shutdown_timeout_s=args.timeout_s + 5,
         health_check_period_s=5,
         max_constructor_retry_count=2,  # a registry may be busy once; what is wrong with an artifact stays wrong
-        ray_actor_options={"runtime_env": {"env_vars": variables}} if variables else {},
+        ray_actor_options={"num_cpus": cpus} | ({"runtime_env": {"env_vars": variables}} if variables else {}),
     )
     return deployment.bind(args, token_digest(args.token_file))
 
@@ -99,10 +104,12 @@ class Served:
 
     url         of the HTTP server; an endpoint answers at `<url>/<name>/predict`, its page is `<url>/<name>/docs`
     endpoints   name -> the artifact reference that it serves
+    left_out    name -> why it is not served, of those that nobody asked for by name
     """
 
     url: str
     endpoints: dict[str, str]
+    left_out: dict[str, str]
     _connection: "Connection"
     _started_serve: bool
     _stopped: bool = field(default=False, init=False)
@@ -179,13 +186,15 @@ def serve_endpoints(
     host: str = "127.0.0.1",
     port: int = 8000,
     address: str | None = None,
+    ingress: Ingress = "proxy",
 ) -> Served:
     """Deploy endpoints on Ray Serve and return when all of them are ready.
 
     `names` None means those in `artifacts`, and without any, every endpoint whose model has a `champion` in the
-    registry. `artifacts` gives an endpoint another artifact than its champion: a registry reference, a folder, a
-    storage URI. `address` is that of `cluster.connect`. Clients need the token in PRISM_TOKEN when there is one. A
-    Serve that runs in the cluster already is used when it has this host and port.
+    registry that can be served. `artifacts` gives an endpoint another artifact than its champion: a registry
+    reference, a folder, a storage URI. `address` is that of `cluster.connect`. Clients need the token in PRISM_TOKEN
+    when there is one. A Serve that runs in the cluster already is used when it has this host and port. `ingress` says
+    who takes the requests in, see `serving.ingress`.
 
     Raises, before anything is deployed: InputError for an unknown endpoint, model or alias, ArtifactError for a bad
     artifact, InputError for a port in use, PrismError for a Ray that cannot be reached. When an endpoint does not
@@ -199,50 +208,67 @@ def serve_endpoints(
     from cluster import connect
     from cluster.registry import resolve
 
-    chosen = _chosen(names, artifacts or {})
+    chosen, left_out = _chosen(names, artifacts or {})
     for name, reference in chosen.items():
         resolve(reference, kind=ENDPOINTS[name].kind)
+    prepare(ingress, address)
     connection = connect(address)
     try:
-        if connection.started and len(chosen) > connection.cpus:
-            raise InputError(f"{len(chosen)} endpoints need a CPU each; Ray has {connection.cpus:g} here")
         started_serve = _start_serve(host, port, remote=connection.address.startswith("ray://"))
     except BaseException:
         if connection.started:
             connection.disconnect()
         raise
-    served = Served(f"http://{_visible(host)}:{port}", chosen, connection, started_serve)
+    served = Served(f"http://{_visible(host)}:{port}", chosen, left_out, connection, started_serve)
+    share = min(1.0, connection.cpus / len(chosen)) if connection.started else 1.0  # few cores serve many endpoints
     try:
-        _deploy(chosen)
+        _deploy(chosen, cpus=share)
     except BaseException:
         served.stop()
         raise
     return served
 
 
-def _chosen(names: Sequence[str] | None, artifacts: Mapping[str, str]) -> dict[str, str]:
-    """Endpoint -> artifact reference."""
+def _chosen(names: Sequence[str] | None, artifacts: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Endpoint -> artifact reference, and endpoint -> why it is left out."""
     for name in [*(names or ()), *artifacts]:
         named(name)
-    if names is None and artifacts:
-        names = list(artifacts)
-    elif names is None:
-        names = _with_champion()
-        if not names:
-            raise InputError("no model has a champion yet: train and register one, or name an endpoint and an artifact")
+    if names is None and not artifacts:
+        return _with_champion()
+    names = list(artifacts) if names is None else names
     if foreign := artifacts.keys() - set(names):
         raise InputError(f"artifact given for {', '.join(sorted(foreign))}, which is not among the endpoints to serve")
     if not names:
         raise InputError(f"no endpoint named; there are {', '.join(ENDPOINTS)}")
-    return {name: artifacts.get(name) or champion(ENDPOINTS[name]) for name in dict.fromkeys(names)}
+    return {name: artifacts.get(name) or champion(ENDPOINTS[name]) for name in dict.fromkeys(names)}, {}
 
 
-def _with_champion() -> list[str]:
-    from cluster.registry import list_models, list_versions
+def _with_champion() -> tuple[dict[str, str], dict[str, str]]:
+    """Every endpoint whose champion can be served, and why the others are left out."""
+    from cluster.registry import list_models, list_versions, resolve
 
     models = set(list_models()) & {endpoint.model for endpoint in ENDPOINTS.values()}
     crowned = {name for name in models if any("champion" in version.aliases for version in list_versions(name))}
-    return [name for name, endpoint in ENDPOINTS.items() if endpoint.model in crowned]
+    chosen, left_out = {}, {}
+    for name, endpoint in ENDPOINTS.items():
+        if endpoint.model not in models:
+            left_out[name] = f"no model {endpoint.model} is registered"
+        elif endpoint.model not in crowned:
+            left_out[name] = f"model {endpoint.model} has no champion; see prism registry promote"
+        else:
+            try:
+                resolve(champion(endpoint), kind=endpoint.kind)
+                chosen[name] = champion(endpoint)
+            except ArtifactError as error:
+                left_out[name] = str(error)
+    if not chosen:
+        corrupt = "; ".join(dict.fromkeys(left_out[name] for name in ENDPOINTS if ENDPOINTS[name].model in crowned))
+        raise InputError(
+            f"no champion can be served: {corrupt}"
+            if corrupt
+            else "no model has a champion yet: train and register one, or name an endpoint and an artifact"
+        )
+    return chosen, left_out
 
 
 def _start_serve(host: str, port: int, *, remote: bool) -> bool:
@@ -284,11 +310,13 @@ def _socket(host: str) -> Iterator[socket.socket]:
         yield probe
 
 
-def _deploy(chosen: Mapping[str, str]) -> None:
+def _deploy(chosen: Mapping[str, str], *, cpus: float) -> None:
     from ray import serve
 
     targets = [
-        serve.RunTarget(build(EndpointArgs(endpoint=name, artifact=reference)), name=name, route_prefix=f"/{name}")
+        serve.RunTarget(
+            _application(EndpointArgs(endpoint=name, artifact=reference), cpus), name=name, route_prefix=f"/{name}"
+        )
         for name, reference in chosen.items()
     ]
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

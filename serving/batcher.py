@@ -19,7 +19,10 @@ LOG = logging.getLogger("ray.serve")
 
 
 class Ticket:
-    """A request that waits for its answer, and what it costs. Made in the event loop."""
+    """A request that waits for its answer, and what it costs. Made in the event loop.
+
+    model, batch, began, ended     which model answered, with how many requests in one call, from when to when
+    """
 
     def __init__(self, request: Any, cost: int, *, wants_progress: bool = False):
         self.request, self.cost = request, cost
@@ -27,6 +30,7 @@ class Ticket:
         self.answer: asyncio.Future[Any] = self.loop.create_future()
         self.events: asyncio.Queue[Progress | None] | None = asyncio.Queue() if wants_progress else None
         self.arrived = time.perf_counter()
+        self.model, self.batch, self.began, self.ended = "", 0, 0.0, 0.0
         if self.events is not None:
             self.answer.add_done_callback(lambda _: self.events.put_nowait(None))  # after the last progress
 
@@ -34,6 +38,18 @@ class Ticket:
     def gone(self) -> bool:
         """Whether nobody waits any more; any thread may ask."""
         return self.answer.cancelled()
+
+    def record(self) -> dict[str, int | float]:
+        """What a log line says of its way: cost, batch, milliseconds before and in the call of the model."""
+        if not self.ended:
+            return {"cost": self.cost}
+        waited, called = self.began - self.arrived, self.ended - self.began
+        return {
+            "cost": self.cost,
+            "batch": self.batch,
+            "queue_ms": round(1000 * waited, 2),
+            "model_ms": round(1000 * called, 2),
+        }
 
     def left(self, limit_s: float) -> float:
         """Seconds until it has waited for `limit_s`; at least 0."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from serving.corrosion_bodies import (
     SiteForecast,
     example_site,
 )
-from serving.endpoint import Endpoint
+from serving.corrosion_tables import sites_of
+from serving.endpoint import ARROW, Endpoint
 
 if TYPE_CHECKING:
+    import pyarrow
     from torch import Tensor
 
     from library.artifact import Artifact
@@ -68,6 +70,8 @@ class Corrosion(Endpoint):
             "horizon": 12,
         },
     }
+    media = (ARROW,)
+    score_bounds = tuple(10.0 ** (step / 4) for step in range(-16, 17))
     cost_unit = "rows, of series and of horizons"
     request_cost = MOST_ROWS
     batch_cost = 2 * MOST_ROWS
@@ -101,6 +105,13 @@ class Corrosion(Endpoint):
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{artifact.path} does not say its reservoirs' time scales") from error
         return cls(forecaster, schema, scales, artifact.version)
+
+    @classmethod
+    def read(cls, body: "pyarrow.Table", settings: dict[str, Any]) -> CorrosionRequest:
+        return CorrosionRequest.model_validate({**settings, "series": sites_of(body)})
+
+    def scores(self, response: CorrosionResponse) -> list[float]:
+        return [result.nowcast[0].mean[-1] for result in response.results]
 
     def cost(self, request: CorrosionRequest) -> int:
         return sum(len(site.time) + request.horizon for site in request.series)

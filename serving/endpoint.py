@@ -22,24 +22,45 @@ have their turn. A subclass of `Progress` may show more than numbers.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic.json_schema import JsonDict
 
 from library.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+
     from library.artifact import Artifact
+
+NPY, ARROW = "application/x-npy", "application/vnd.apache.arrow.stream"
 
 
 class Request(BaseModel):
     """A request body: unknown fields, numbers as texts, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BulkRequest(Request):
+    """A request whose data may also come as the body itself: `bulk` is what the endpoint's `read` made of that."""
+
+    _bulk: Any = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        """Take the data from the context of the validation; checks of the whole come after it."""
+        if context is not None:
+            self._bulk = context
+
+    @property
+    def bulk(self) -> Any:
+        """The data beside the fields, None when they are in the fields."""
+        return self._bulk
 
 
 class Part(BaseModel):
@@ -100,6 +121,8 @@ class Endpoint(ABC):
     cost_unit           what a request costs; calls of the model are filled by it, not by the number of requests
     request_cost        the most that one request may cost, unless the deployment says otherwise
     batch_cost          the most that requests which share a batch may cost together, likewise
+    media               bodies beside JSON that `read` understands, of NPY and ARROW
+    score_bounds        edges of the histogram of `scores`
 
     `load`, `answer` and `cost` block: the replica calls the first two outside its event loop, `cost` must be quick.
     """
@@ -114,6 +137,8 @@ class Endpoint(ABC):
     cost_unit: ClassVar[str]
     request_cost: ClassVar[int]
     batch_cost: ClassVar[int]
+    media: ClassVar[tuple[str, ...]] = ()
+    score_bounds: ClassVar[tuple[float, ...]] = tuple(step / 20 for step in range(1, 20))
 
     @classmethod
     @abstractmethod
@@ -135,6 +160,18 @@ class Endpoint(ABC):
         A slow one is a generator of its progress that returns the responses; see the module's docstring. Raises
         InputError that begins with the field, `field: problem`, when a request cannot be answered.
         """
+
+    @classmethod
+    def read(cls, body: "np.ndarray | pyarrow.Table", settings: dict[str, Any]) -> Any:
+        """The request that an array (NPY) or a table (ARROW) and the other fields make; for those in `media` only.
+
+        Raises InputError, or pydantic's ValidationError for a wrong setting.
+        """
+        raise NotImplementedError
+
+    def scores(self, response: Any) -> Iterable[float]:
+        """The numbers of an answer whose distribution tells when the data drift."""
+        return ()
 
     def limits(self) -> dict[str, int]:
         """What the loaded model itself allows, such as its longest text."""

@@ -1,12 +1,14 @@
-"""What every request passes first: its id, its token, its size; and on the way out the model's version.
+"""What every request passes first: its id, its token, its size; and on the way out the model's version and a log line.
 
 Nothing of a body is read before the token has been checked, and nothing of an unexpected failure but the request's id
 gets out.
 """
 
 import hmac
+import time
 import uuid
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -14,7 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.problems import LOG, problem_of, problem_response
 
+if TYPE_CHECKING:
+    from serving.batcher import Ticket
+    from serving.routes import Service
+
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")
+TICKET = "prism.ticket"  # where a request's scope holds its ticket
+LONGEST_ID = 128
 
 
 class Gate:
@@ -23,47 +31,87 @@ class Gate:
     `token_digest` is the SHA-256 of the token that all but the paths in OPEN need, None when none is needed.
     """
 
-    def __init__(self, app: ASGIApp, *, version: str, token_digest: str | None, max_body_bytes: int):
-        self.app, self.version = app, version
-        self.token_digest, self.max_body_bytes = token_digest, max_body_bytes
+    def __init__(self, app: ASGIApp, *, service: "Service", token_digest: str | None):
+        self.app, self.service, self.token_digest = app, service, token_digest
+        self.max_body_bytes = service.args.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        began = time.perf_counter()
         headers = MutableHeaders(scope=scope)
-        started = False
-        named = "x-request-id" in headers  # Serve's proxy makes an id and sends it back, with or without the client's
-        request_id = headers.setdefault("x-request-id", uuid.uuid4().hex)
+        status = 0
+        given = headers.get("x-request-id", "")
+        named = (
+            0 < len(given) <= LONGEST_ID and given.isprintable()
+        )  # Serve's proxy makes one, and sends it back itself
+        request_id = given if named else uuid.uuid4().hex
+        headers["x-request-id"] = request_id
 
         async def answer(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 outgoing = MutableHeaders(scope=message)
-                outgoing["X-Prism-Model"] = self.version
+                outgoing["X-Prism-Model"] = self._model(scope)
                 if not named:
                     outgoing["X-Request-Id"] = request_id
             await send(message)
 
-        refusal = self._refusal(scope, headers, request_id)
-        if refusal is not None:
-            await refusal(scope, receive, answer)
-            return
         try:
+            refusal = self._refusal(scope, headers, request_id)
+            if refusal is not None:
+                await refusal(scope, receive, answer)
+                return
             await self.app(scope, self._limited(receive), answer)
         except Exception as error:
             LOG.exception("request %s failed unexpectedly", request_id)
-            if started:
+            if status:
                 raise
             await problem_of(request_id, error)(scope, receive, answer)
+        finally:
+            self._record(scope, request_id, status or 499, time.perf_counter() - began)
+
+    def _model(self, scope: Scope) -> str:
+        """The model that answered, or that would have."""
+        ticket = scope.get(TICKET)
+        return ticket.model if ticket is not None and ticket.model else self.service.current.label
+
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        """Count the request, and write a line for it with what is known of its way."""
+        path = self._path(scope)
+        if path in OPEN:
+            return
+        model, name = self._model(scope), self.service.args.endpoint
+        self.service.meter.request(status, model)
+        fields = {
+            "request_id": request_id,
+            "endpoint": name,
+            "method": scope["method"],
+            "path": path[:200],
+            "status": status,
+            "ms": round(1000 * seconds, 2),
+            "model": model,
+        }
+        ticket: Ticket | None = scope.get(TICKET)
+        if ticket is not None:
+            fields |= ticket.record()
+        line = "%s %s/%s %s %s ms %s"
+        values = (scope["method"], name, path[1:200], status, fields["ms"], request_id)
+        LOG.info(line, *values, extra={"serve_access_log": True, **fields})
+
+    @staticmethod
+    def _path(scope: Scope) -> str:
+        return scope["path"].removeprefix(scope.get("root_path", ""))
 
     def _refusal(self, scope: Scope, headers: Headers, request_id: str) -> ASGIApp | None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = self._path(scope)
         if self.token_digest is not None and path not in OPEN and not self._knows_token(headers):
             text = "a valid token is needed: Authorization: Bearer TOKEN"
             return problem_response(request_id, 401, text, www_authenticate="Bearer")
-        if int(headers.get("content-length", 0)) > self.max_body_bytes:
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             return problem_response(request_id, 413, self._too_large())
         return None
 

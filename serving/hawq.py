@@ -6,12 +6,14 @@ import io
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from library.errors import InputError
-from serving.endpoint import Endpoint, Request, Response, optional
+from serving.endpoint import ARROW, NPY, BulkRequest, Endpoint, Request, Response, optional
 
 if TYPE_CHECKING:
+    import pyarrow
     from torch import Tensor
 
     from library.artifact import Artifact
@@ -23,8 +25,12 @@ Row = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, m
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class ClassifyRequest(Request):
-    """One of `image`, `images` and `pixels`."""
+class ClassifyRequest(BulkRequest):
+    """One of `image`, `images` and `pixels`.
+
+    Images may also be the body itself: a NumPy file of uint8 of the network's size, (height, width), (images, height,
+    width) or (images, channels, height, width); or an Arrow table whose column `image` holds image files.
+    """
 
     image: File = optional(description="An image file (PNG, JPEG, ...) in base64; it is scaled to the network's size.")
     images: list[File] = optional(min_length=1, max_length=64, description="Several such files.")
@@ -33,13 +39,15 @@ class ClassifyRequest(Request):
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
-        given = self.model_fields_set & {"image", "images", "pixels"}
+        given = self.model_fields_set & {"image", "images", "pixels"} | ({"body"} if self.bulk is not None else set())
         if len(given) != 1:
             raise ValueError(f"give one of image, images and pixels, not {' and '.join(sorted(given)) or 'none'}")
         return self
 
     def count(self) -> int:
         """How many images there are."""
+        if self.bulk is not None:
+            return len(self.bulk)
         return len(self.images) if "images" in self.model_fields_set else 1
 
 
@@ -112,9 +120,10 @@ class Classify(Endpoint):
     examples = {  # noqa: RUF012 - read only
         "pixels": {"pixels": [[0] * 9 + [200] * 10 + [0] * 9 for _ in range(28)], "explain": True},
     }
-    cost_unit = "images"
-    request_cost = 64
-    batch_cost = 256
+    media = (NPY, ARROW)
+    cost_unit = "pixels (images x height x width of the network)"
+    request_cost = 64 << 16
+    batch_cost = 256 << 16
 
     def __init__(self, classifier: "QuantizedClassifier", version: str):
         self.classifier, self.version = classifier, version
@@ -127,8 +136,16 @@ class Classify(Endpoint):
         found.model.to(device)
         return cls(found, artifact.version)
 
+    @classmethod
+    def read(cls, body: "np.ndarray | pyarrow.Table", settings: dict[str, Any]) -> ClassifyRequest:
+        return ClassifyRequest.model_validate(settings, context=_images(body))
+
+    def scores(self, response: ClassifyResponse) -> list[float]:
+        return [result.probability for result in response.results]
+
     def cost(self, request: ClassifyRequest) -> int:
-        return request.count()
+        _, height, width = self.classifier.shape
+        return request.count() * height * width
 
     def group(self, request: ClassifyRequest) -> Hashable:
         return ()
@@ -157,10 +174,19 @@ class Classify(Endpoint):
         return ClassifyResponse(model=self.version, results=results, bits=bits)
 
     def _pixels(self, request: ClassifyRequest) -> "list[Tensor]":
-        import numpy as np
         import torch
 
         channels, height, width = self.classifier.shape
+        if isinstance(request.bulk, np.ndarray):
+            if request.bulk.shape[1:] != (channels, height, width):
+                needed = f"{channels} channels, {height} rows and {width} columns"
+                raise InputError(f"body: images of {request.bulk.shape[1:]} given, needed are {needed}")
+            return list(torch.from_numpy(request.bulk.copy()))
+        if request.bulk is not None:
+            return [
+                _opened(f"body: image[{i}]", io.BytesIO(file), self.classifier.shape)
+                for i, file in enumerate(request.bulk)
+            ]
         if "pixels" not in request.model_fields_set:
             named = [("image", request.image)] if "image" in request.model_fields_set else [
                 (f"images[{i}]", file) for i, file in enumerate(request.images)
@@ -251,20 +277,40 @@ class Advise(Endpoint):
         )
 
 
+def _images(body: "np.ndarray | pyarrow.Table") -> np.ndarray | list[bytes]:
+    """Images (images, channels, height, width) of uint8, or files."""
+    if isinstance(body, np.ndarray):
+        if body.dtype != np.uint8 or body.ndim not in (2, 3, 4):
+            raise InputError(f"body: uint8 of 2 to 4 dimensions is needed, this is {body.dtype} of {body.ndim}")
+        return body.reshape(-1, 1, *body.shape[-2:]) if body.ndim < 4 else body
+    if body.column_names != ["image"] or "binary" not in str(body.schema.types[0]):
+        raise InputError("body: a table with one column `image` of binary files is needed")
+    if body.column(0).null_count:
+        raise InputError("body: image: some are missing")
+    return body.column(0).to_pylist()
+
+
 def _decoded(name: str, file: str, shape: tuple[int, int, int]) -> "Tensor":
-    import numpy as np
+    try:
+        content = base64.b64decode(file, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"{name}: not an image file in base64") from error
+    return _opened(name, io.BytesIO(content), shape)
+
+
+def _opened(name: str, file: io.BytesIO, shape: tuple[int, int, int]) -> "Tensor":
     import torch
     from PIL import Image, UnidentifiedImageError
 
     channels, height, width = shape
     try:
-        with Image.open(io.BytesIO(base64.b64decode(file, validate=True))) as opened:
+        with Image.open(file) as opened:
             if opened.width * opened.height > 1 << 24:
                 raise InputError(f"{name}: {opened.width} x {opened.height} pixels; at most 16 million are allowed")
             image = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name}: not an image file in base64") from error
+        raise InputError(f"{name}: not an image file") from error
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1).contiguous()

@@ -10,11 +10,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from library.errors import InputError
 from serving.endpoint import TooLarge
+from serving.payloads import Unsupported
 
 LOG = logging.getLogger("ray.serve")
 FIELD = re.compile(r"(?P<field>[a-z_]\w*(?:\.[a-z_]\w*|\[\d+\])*): (?P<problem>.*)", re.ASCII | re.DOTALL)
@@ -25,6 +26,7 @@ MOST_FIELDS = 8  # in one response
 LONGEST_NAME = 64  # of a field that a client made up
 MEANINGS = {
     401: "The bearer token is missing or wrong.",
+    415: "The endpoint does not read bodies of this content type.",
     413: "The body is too large, or asks for too much.",
     422: "The body is not valid; `fields` says where and what is allowed.",
     429: "Too many requests are waiting; retry after a moment.",
@@ -86,10 +88,10 @@ def problem_of(request_id: str, error: Exception) -> Response:
             return problem_response(request_id, 429, str(error), retry_after="1")
         case Late():
             return problem_response(request_id, 503, str(error), retry_after="1")
-        case Gone():
-            return problem_response(request_id, 499, str(error))
-        case HTTPException(status_code=400):  # FastAPI's word for a body that is no JSON in a way it does not foresee
-            return problem_of(request_id, InputError("body: not JSON in UTF-8, or nested too deeply"))
+        case Gone() | ClientDisconnect():
+            return problem_response(request_id, 499, "the client has gone away")
+        case Unsupported():
+            return problem_response(request_id, 415, str(error))
         case HTTPException():
             headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
             return problem_response(request_id, error.status_code, str(error.detail), **headers)
@@ -98,7 +100,7 @@ def problem_of(request_id: str, error: Exception) -> Response:
             return problem_response(request_id, 500, text)
 
 
-EXPECTED = (InputError, RequestValidationError, Overloaded, Late, Gone, HTTPException)
+EXPECTED = (InputError, RequestValidationError, Unsupported, Overloaded, Late, Gone, ClientDisconnect, HTTPException)
 
 
 def handle_problems(app: FastAPI) -> None:

@@ -1,6 +1,8 @@
 """The Ray Serve deployment behind every endpoint: one process, one loaded model, one call of it at a time."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -8,16 +10,18 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from cluster.registry import resolve
-from library.artifact import open_artifact
+from cluster.registry import follows
 from library.errors import InputError
 from serving.app import ENDPOINTS
 from serving.batcher import Batcher, Ticket
 from serving.endpoint import Abandoned, answer_batch, check_cost
+from serving.metrics import Meter
 from serving.problems import Gone, Late, Overloaded
-from serving.routes import application
+from serving.routes import Update, application
 from serving.settings import EndpointArgs
+from serving.updates import Follower, Loaded, load, load_proven
 
+LOG = logging.getLogger("ray.serve")
 FAILED_CALLS = 3  # unexpected failures in a row after which Serve replaces the replica
 
 
@@ -25,14 +29,16 @@ class Replica:
     """Loads the artifact of `args`, then answers requests in batches; `args.artifact` is a reference, never None.
 
     The model runs in a thread of its own, so that the event loop stays free for health checks and for requests that
-    are refused. Raises ArtifactError or InputError when the artifact cannot be served.
+    are refused. When the reference is an alias that comes to mean another artifact, that takes over between two
+    batches. Raises ArtifactError or InputError when the artifact cannot be served.
     """
 
     def __init__(self, args: EndpointArgs, token_digest: str | None):
         kind = ENDPOINTS[args.endpoint]
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.args, self.token_digest = args, token_digest
-        self.artifact = open_artifact(resolve(args.artifact, kind=kind.kind), verify=False)  # resolve has verified it
-        self.endpoint = kind.load(self.artifact, "cuda" if ray.get_gpu_ids() else "cpu")
+        self.current = load(kind, args.artifact, device)
+        self.meter = Meter(kind.name, kind.score_bounds)
         self.request_cost = args.request_cost or kind.request_cost
         self.pending = self.failed_calls = 0
         self.batcher = Batcher(
@@ -41,14 +47,25 @@ class Replica:
             wait_s=args.batch_wait_s,
             name=kind.name,
         )
+        self.follower = None
+        if args.update_period_s and follows(args.artifact):
+            self.follower = Follower(
+                args.artifact,
+                load=partial(load_proven, kind, args.artifact, device),
+                current=lambda: self.current.artifact.version,
+                take=self._take,
+                told=self.meter.update,
+                period_s=args.update_period_s,
+            )
+            self.follower.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return application(self, self.token_digest)
 
     def accept(self, request: BaseModel, *, wants_progress: bool = False) -> Ticket:
         """Let a request wait for its answer. Raises InputError, TooLarge or Overloaded."""
-        cost = self.endpoint.cost(request)
-        check_cost(self.endpoint, cost, self.request_cost)
+        cost = self.current.endpoint.cost(request)
+        check_cost(self.current.endpoint, cost, self.request_cost)
         if self.pending >= self.args.max_pending:
             raise Overloaded(f"{self.pending} requests are waiting; retry after a moment")
         self.pending += 1
@@ -86,11 +103,11 @@ class Replica:
         """What a request may ask for."""
         return {
             "request_cost": self.request_cost,
-            "cost_unit": self.endpoint.cost_unit,
+            "cost_unit": self.current.endpoint.cost_unit,
             "max_body_bytes": self.args.max_body_bytes,
             "timeout_s": self.args.timeout_s,
             "max_pending": self.args.max_pending,
-            **self.endpoint.limits(),
+            **self.current.endpoint.limits(),
         }
 
     def check_health(self) -> None:
@@ -98,14 +115,45 @@ class Replica:
         if self.failed_calls >= FAILED_CALLS:
             raise RuntimeError(f"the last {self.failed_calls} calls of the model failed")
 
+    def update(self) -> Update:
+        """Whether a new artifact would be taken, and which one was not."""
+        refused = self.follower.refused if self.follower else None
+        return Update(reference=self.args.artifact, followed=self.follower is not None, refused=refused)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.batcher.close()
+        if self.follower:
+            self.follower.stop()
+
+    def _take(self, new: Loaded) -> None:
+        self.current = new
+        self.failed_calls = 0
+
     def _left(self, _: asyncio.Future) -> None:
         self.pending -= 1
 
     def _answer(self, batch: Sequence[Ticket]) -> None:
         """Answer a batch, in the model's thread; each group of it gets its answers as soon as it has been called."""
-        loop = batch[0].loop
-        for places, outcomes in answer_batch(self.endpoint, [ticket.request for ticket in batch], batch):
-            loop.call_soon_threadsafe(partial(self._finish, [batch[place] for place in places], outcomes))
+        loop, model = batch[0].loop, self.current
+        began = time.perf_counter()
+        for places, outcomes in answer_batch(model.endpoint, [ticket.request for ticket in batch], batch):
+            ended = time.perf_counter()
+            tickets = [batch[place] for place in places]
+            for ticket in tickets:
+                ticket.model, ticket.batch, ticket.began, ticket.ended = model.label, len(places), began, ended
+            loop.call_soon_threadsafe(self._finish, tickets, outcomes)
+            if not isinstance(outcomes[0], Abandoned):
+                self._measure(model, tickets, outcomes)
+            began = time.perf_counter()
+
+    def _measure(self, model: Loaded, tickets: Sequence[Ticket], outcomes: Sequence[BaseModel | Exception]) -> None:
+        waits = [ticket.began - ticket.arrived for ticket in tickets]
+        first = tickets[0]
+        self.meter.call(waits, first.ended - first.began, len(tickets), sum(ticket.cost for ticket in tickets))
+        for outcome in outcomes:
+            if not isinstance(outcome, Exception):
+                self.meter.scores(model.endpoint.scores(outcome), model.label)
 
     def _finish(self, tickets: Sequence[Ticket], outcomes: Sequence[BaseModel | Exception]) -> None:
         told = [outcome for outcome in outcomes if not isinstance(outcome, Abandoned)]

@@ -1,18 +1,34 @@
 """The HTTP routes of one endpoint and the page that documents them."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Body, FastAPI, Request, Response, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 
-from library.artifact import Artifact
+from serving import payloads
 from serving.batcher import Ticket
-from serving.endpoint import Endpoint, has_steps
-from serving.gate import Gate
+from serving.endpoint import has_steps
+from serving.gate import TICKET, Gate
+from serving.metrics import Meter
 from serving.problems import MEANINGS, Problem, handle_problems, problem_response, request_id
 from serving.settings import EndpointArgs
 from serving.streams import ANSWERS, cancelled_on_disconnect, event_stream, wants_events
+from serving.updates import Loaded, Refusal
+
+BINARY = {"type": "string", "format": "binary"}
+LARGE = 1 << 18  # bytes of a body that is read beside the event loop
+
+
+class Update(BaseModel):
+    """Whether the model changes when its alias is moved."""
+
+    reference: str = Field(description="What is served.")
+    followed: bool = Field(description="Whether a new meaning of the reference is taken over.")
+    refused: Refusal | None = Field(description="A new artifact that was not taken; null when there is none.")
 
 
 class Info(BaseModel):
@@ -27,6 +43,7 @@ class Info(BaseModel):
     metrics: dict[str, float] = Field(description="Of its evaluation.")
     data: str = Field(description="Fingerprint of the data it was trained on.")
     versions: dict[str, str] = Field(description="Libraries that wrote it.")
+    update: Update
     limits: dict[str, int | float | str]
 
 
@@ -44,11 +61,11 @@ class Ready(BaseModel):
 
 
 class Service(Protocol):
-    """What the routes need from the replica that runs them."""
+    """What the routes need from the replica that runs them. `current` may change between two requests."""
 
-    endpoint: Endpoint
-    artifact: Artifact
+    current: Loaded
     args: EndpointArgs
+    meter: Meter
 
     def accept(self, request: BaseModel, *, wants_progress: bool = False) -> Ticket: ...
 
@@ -58,43 +75,38 @@ class Service(Protocol):
 
     def limits(self) -> dict[str, int | float | str]: ...
 
+    def update(self) -> Update: ...
+
 
 def application(service: Service, token_digest: str | None) -> FastAPI:
     """The FastAPI application of a replica."""
-    endpoint = service.endpoint
+    endpoint = type(service.current.endpoint)
     app = FastAPI(
         title=f"Prism: {endpoint.name}",
         summary=endpoint.summary,
-        version=endpoint.version,
+        version=service.current.artifact.version,
         redoc_url=None,
     )
     handle_problems(app)
-    app.add_middleware(
-        Gate, version=endpoint.version, token_digest=token_digest, max_body_bytes=service.args.max_body_bytes
-    )
+    app.add_middleware(Gate, service=service, token_digest=token_digest)
     guarded = [Security(HTTPBearer(auto_error=False))] if token_digest else []  # for the page: Gate does the checking
     refused = (401,) if token_digest else ()
-    steps = has_steps(endpoint)
     examples = {name: {"value": value} for name, value in endpoint.examples.items()}
 
-    @app.post(
+    async def predict(body: Annotated[endpoint.Request, Body(openapi_examples=examples)]) -> BaseModel:
+        raise NotImplementedError  # for the page; `_predictor` is what runs
+
+    app.router.add_api_route(
         "/predict",
+        predict,
+        methods=["POST"],
         response_model=endpoint.Response,
-        responses={200: ANSWERS} | _problems(*refused, 413, 422, 429, 500, 503),
+        responses={200: ANSWERS} | _problems(*refused, 413, 415, 422, 429, 500, 503),
         dependencies=guarded,
         summary=endpoint.summary,
+        openapi_extra={"requestBody": {"content": {kind: {"schema": BINARY} for kind in endpoint.media}}},
+        route_class_override=_answered_by(_predictor(service)),
     )
-    async def predict(
-        request: Request, body: Annotated[endpoint.Request, Body(openapi_examples=examples)]
-    ) -> BaseModel | Response:
-        events = wants_events(request.headers)
-        ticket = service.accept(body, wants_progress=events)
-        if events:
-            return await event_stream(service.answer(ticket), ticket, request)
-        if not steps:
-            return await service.answer(ticket)
-        async with cancelled_on_disconnect(ticket, request.receive):
-            return await service.answer(ticket)
 
     @app.get(
         "/info",
@@ -103,13 +115,14 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
         summary="The artifact, its recipe and metrics, and the limits.",
     )
     async def info() -> Info:
-        manifest = service.artifact.manifest
+        artifact = service.current.artifact
         return Info(
             endpoint=endpoint.name,
             summary=endpoint.summary,
-            version=endpoint.version,
+            version=artifact.version,
             limits=service.limits(),
-            **manifest.model_dump(include={"kind", "created", "recipe", "metrics", "data", "versions"}),
+            update=service.update(),
+            **artifact.manifest.model_dump(include={"kind", "created", "recipe", "metrics", "data", "versions"}),
         )
 
     @app.get("/healthz", summary="Whether the process answers.")
@@ -121,9 +134,47 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
         reason = service.not_ready()
         if reason is not None:
             return problem_response(request_id(request), 503, reason, retry_after="1")
-        return Ready(model=endpoint.version)
+        return Ready(model=service.current.artifact.version)
 
     return app
+
+
+def _predictor(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    """What answers `predict`: the body is read as what it says it is, and the answer is written once."""
+    endpoint = type(service.current.endpoint)
+    steps = has_steps(service.current.endpoint)
+
+    async def predict(request: Request) -> Response:
+        content = await request.body()
+        arguments = (endpoint, request.headers.get("content-type"), request.query_params, content)
+        if len(content) > LARGE:
+            asked = await asyncio.to_thread(payloads.read, *arguments)
+        else:
+            asked = payloads.read(*arguments)
+        events = wants_events(request.headers)
+        ticket = request.scope[TICKET] = service.accept(asked, wants_progress=events)
+        if events:
+            return await event_stream(service.answer(ticket), ticket, request)
+        if not steps:
+            return _json(await service.answer(ticket))
+        async with cancelled_on_disconnect(ticket, request.receive):
+            return _json(await service.answer(ticket))
+
+    return predict
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type=payloads.JSON)
+
+
+def _answered_by(handler: Callable[[Request], Awaitable[Response]]) -> type[APIRoute]:
+    """A route that is documented by its function and answered by `handler`."""
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+            return handler
+
+    return Route
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

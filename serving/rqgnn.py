@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from library.rqgnn.detector import Evidence, Finding, GraphAnomalyDetector
 
 MOST_NODES = 20_000
+EDGES_PER_NODE = 10  # beyond which edges, not nodes, are what a graph costs
 MOST_EXPLAINED = 1_000  # nodes of one graph whose spectrum is taken
 Node = Annotated[int, Field(ge=0, le=MOST_NODES)]
 Edge = Annotated[list[Node], Field(min_length=2, max_length=2)]
@@ -44,7 +45,9 @@ class Graph(Request):
 
     kinds: list[Kind] = optional(min_length=1, max_length=MOST_NODES, description="Of each node, such as its element.")
     features: list[Row] = optional(min_length=1, max_length=MOST_NODES, description="Of each node, for other models.")
-    edges: list[Edge] = Field(max_length=10 * MOST_NODES, description="Pairs of node numbers from 0, each edge once.")
+    edges: list[Edge] = Field(
+        max_length=EDGES_PER_NODE * MOST_NODES, description="Pairs of node numbers from 0, each edge once."
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_nodes(self) -> Self:
@@ -146,7 +149,10 @@ class GraphAnomaly(Endpoint):
         return cls(GraphAnomalyDetector.from_artifact(artifact, device), artifact.version)
 
     def cost(self, request: GraphAnomalyRequest) -> int:
-        return sum(graph.size for graph in request.graphs)
+        return sum(max(graph.size, len(graph.edges) // EDGES_PER_NODE) for graph in request.graphs)
+
+    def scores(self, response: GraphAnomalyResponse) -> list[float]:
+        return [result.anomaly_probability for result in response.results]
 
     def group(self, request: GraphAnomalyRequest) -> Hashable:
         return request.explain

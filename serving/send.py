@@ -142,9 +142,9 @@ class Hallucination(Endpoint):
         },
         "embeddings": {"embeddings": [[0.9, 0.1, 0.0], [0.8, 0.3, 0.1], [0.1, 0.9, 0.4]], "explain": True},
     }
-    cost_unit = "answer rows (prompts x (samples + 1))"
-    request_cost = 256
-    batch_cost = 512
+    cost_unit = "tokens (answers x (bytes of their prompt + max_new_tokens))"
+    request_cost = 1 << 18
+    batch_cost = 1 << 19
 
     def __init__(self, detector: "HallucinationDetector", version: str):
         self.detector, self.version = detector, version
@@ -156,8 +156,14 @@ class Hallucination(Endpoint):
     def cost(self, request: HallucinationRequest) -> int:
         if "embeddings" in request.model_fields_set:
             return 1
-        samples = request.changes().get("samples", self.detector.defaults.samples)
-        return len(request.texts()) * (samples + 1)
+        changes, defaults = request.changes(), self.detector.defaults
+        answers = changes.get("samples", defaults.samples) + 1
+        longest = self.detector.lm.config.max_position_embeddings
+        new = changes.get("max_new_tokens", defaults.max_new_tokens)
+        return answers * sum(min(len(text.encode()), longest) + new for text in request.texts())
+
+    def scores(self, response: HallucinationResponse) -> list[float]:
+        return [result.risk for result in response.results if result.risk is not None]
 
     def group(self, request: HallucinationRequest) -> Hashable:
         ready = "embeddings" in request.model_fields_set
@@ -211,6 +217,7 @@ class Score(Endpoint):
         "text": {"text": "The capital of France is Paris."},
         "texts": {"texts": ["The river Thames flows through London.", "London through flows Thames river the."]},
     }
+    score_bounds = tuple(step / 2 for step in range(1, 25))
     cost_unit = "bytes of text"
     request_cost = 1 << 18
     batch_cost = 1 << 19
@@ -224,6 +231,9 @@ class Score(Endpoint):
 
     def cost(self, request: ScoreRequest) -> int:
         return sum(len(text.encode()) for text in request.all_texts())
+
+    def scores(self, response: ScoreResponse) -> list[float]:
+        return [result.token_entropy for result in response.results]
 
     def group(self, request: ScoreRequest) -> Hashable:
         return ()

@@ -21,7 +21,9 @@ class EndpointArgs(BaseModel, frozen=True, extra="forbid"):
     batch_cost: PositiveInt | None = None
     """Most that requests which share a batch may cost together; None is the endpoint's own limit."""
     batch_wait_s: float = Field(0.005, ge=0, le=1)
-    """How long the first request of a batch waits for company."""
+    """How long a batch waits for company when the one before had some; a lone client never waits."""
+    update_period_s: float = Field(5.0, ge=0)
+    """How often a replica looks whether its alias, such as @champion, means another artifact; 0 for never."""
     timeout_s: PositiveFloat = 60.0
     """How long a request may wait for its answer; then it gets 503."""
     max_pending: PositiveInt = 64

@@ -11,11 +11,13 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from library.errors import InputError
-from serving.endpoint import Endpoint, Request, Response, optional
+from serving.arrays import npy
+from serving.endpoint import ARROW, NPY, BulkRequest, Endpoint, Response, optional
 from serving.farms import AllocationQuestion, AllocationResponse, allocated
 from serving.hessian import HessianQuestion, HessianResponse
 
 if TYPE_CHECKING:
+    import pyarrow
     from torch import Tensor
 
     from library.artifact import Artifact
@@ -28,6 +30,7 @@ CLEARLY = 2.0  # standard errors of alpha beyond which a tail differs from an un
 FINITE = 3.0  # the exponent of an untrained window of shorter side n deviates by about FINITE (mp_alpha - 1) / n
 MATRICES = ("matrix", "npy", "layer")
 INPUTS = (*MATRICES, "hessian", "allocate")
+BODY = "body"
 SETTINGS = ("method", "window", "ratio", "ops", "rule")
 Row = Annotated[list[float], Field(min_length=1, max_length=65_536)]
 EXAMPLE = [[round(math.sin(7 * i * i + 3 * j * j + i * j), 3) for j in range(12)] for i in range(16)]
@@ -39,10 +42,11 @@ def _npy(matrix: list[list[float]]) -> str:
     return base64.b64encode(content.getvalue()).decode()
 
 
-class SpectrumRequest(Request):
+class SpectrumRequest(BulkRequest):
     """One of `matrix`, `npy` and `layer`, and how its spectrum is taken; or a question: `hessian`, `allocate`.
 
-    What is left out is as the paper has it.
+    What is left out is as the paper has it. A matrix may also be the body itself, as a NumPy file or as an Arrow
+    table with a column of floats for each of its columns; the settings are in the query then.
     """
 
     matrix: list[Row] = optional(min_length=1, max_length=65_536, description="The matrix, row by row.")
@@ -62,10 +66,10 @@ class SpectrumRequest(Request):
 
     @model_validator(mode="after")
     def _one_matrix(self) -> Self:
-        given = self.model_fields_set & set(INPUTS)
+        given = self.model_fields_set & set(INPUTS) | ({BODY} if self.bulk is not None else set())
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(INPUTS)}, not {' and '.join(sorted(given)) or 'none'}")
-        if not given & set(MATRICES) and (stray := self.changes()):
+        if not given & {*MATRICES, BODY} and (stray := self.changes()):
             raise ValueError(f"{min(stray)}: is about the tail of a matrix, not about {min(given)}")
         if self.matrix is not None and len({len(row) for row in self.matrix}) > 1:
             raise ValueError("matrix: its rows differ in length")
@@ -132,6 +136,8 @@ class Spectrum(Endpoint):
         },
         "allocate": {"allocate": {"alphas": [2.1, 3.4, 4.0], "parameters": [4096, 4096, 16384], "sparsity": 0.5}},
     }
+    media = (NPY, ARROW)
+    score_bounds = tuple(step / 4 for step in range(4, 41))
     cost_unit = "entries of the matrix, or parameters x products with the Hessian"
     request_cost = MOST_ENTRIES
     batch_cost = MOST_ENTRIES
@@ -154,7 +160,16 @@ class Spectrum(Endpoint):
             layers, without = [], str(error)
         return cls(layers, artifact.version, HessianAnswers(artifact, device), without)
 
+    @classmethod
+    def read(cls, body: "np.ndarray | pyarrow.Table", settings: dict[str, Any]) -> SpectrumRequest:
+        return SpectrumRequest.model_validate(settings, context=_checked(BODY, _stacked(body)))
+
+    def scores(self, response: SpectrumResponse | HessianResponse | AllocationResponse) -> list[float]:
+        return [response.alpha] if isinstance(response, SpectrumResponse) else []
+
     def cost(self, request: SpectrumRequest) -> int:
+        if request.bulk is not None:
+            return request.bulk.size
         if request.matrix is not None:
             return len(request.matrix) * len(request.matrix[0])
         if request.npy is not None:
@@ -193,7 +208,7 @@ class Spectrum(Endpoint):
         from library.spectral.tails import log_histogram
 
         weight = self._weight(request)
-        given = next(name for name in MATRICES if name in request.model_fields_set)
+        given = next((name for name in MATRICES if name in request.model_fields_set), BODY)
         settings = checked(None, request.changes())
         try:
             spectrum, fit, error = measure(weight, settings)
@@ -242,23 +257,36 @@ class Spectrum(Endpoint):
             return self.layers[request.layer].load()
         if request.matrix is not None:
             return torch.tensor(request.matrix, dtype=torch.float64)
-        found = torch.from_numpy(_decoded(request.npy))
+        given, matrix = (BODY, request.bulk) if request.bulk is not None else ("npy", _decoded(request.npy))
+        found = torch.from_numpy(np.array(matrix, order="C"))  # a copy: what came is read only
         if not torch.isfinite(found).all():
-            raise InputError("npy: it has entries that are not finite")
+            raise InputError(f"{given}: it has entries that are not finite")
         return found
 
 
 def _decoded(text: str) -> np.ndarray:
     try:
-        found = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, OSError, EOFError) as error:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
         raise InputError("npy: not a NumPy file of numbers in base64") from error
-    if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.itemsize > 8 or found.ndim != 2:
-        about = f"{found.dtype} of {found.ndim} dimensions" if isinstance(found, np.ndarray) else "an archive"
-        raise InputError(f"npy: a matrix of float16, float32 or float64 is needed, this is {about}")
-    if not found.size:
-        raise InputError("npy: the matrix is empty")
-    return np.ascontiguousarray(found.astype(found.dtype.newbyteorder("=")))
+    return _checked("npy", npy(content, "npy"))
+
+
+def _checked(name: str, found: np.ndarray) -> np.ndarray:
+    if found.dtype.kind != "f" or found.itemsize > 8 or found.ndim != 2:
+        about = f"{found.dtype} of {found.ndim} dimensions"
+        raise InputError(f"{name}: a matrix of float16, float32 or float64 is needed, this is {about}")
+    return found
+
+
+def _stacked(body: "np.ndarray | pyarrow.Table") -> np.ndarray:
+    """The matrix whose columns are those of a table."""
+    if isinstance(body, np.ndarray):
+        return body
+    for name, column in zip(body.column_names, body.columns, strict=True):
+        if column.null_count:
+            raise InputError(f"{BODY}: column {name[:64]} has missing entries")
+    return np.stack([column.to_numpy() for column in body.columns], axis=1)
 
 
 def _verdict(difference: float, margin: float) -> Literal["heavier-tailed", "like-untrained", "lighter-tailed"]:

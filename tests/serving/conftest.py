@@ -1,11 +1,15 @@
 """A real artifact of a micro model, with a calibration, and a free port."""
 
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 
 from library.artifact import Artifact, write_artifact
 from library.recipe import fit
@@ -59,3 +63,30 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def served_here() -> Callable[..., AbstractContextManager[str]]:
+    """Serves a replica that is in this process over HTTP, and gives the address."""
+
+    @contextmanager
+    def serving(replica) -> Iterator[str]:
+        from serving.routes import application
+
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(
+            uvicorn.Config(application(replica, replica.token_digest), log_level="critical", lifespan="off")
+        )
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            replica.close()
+
+    return serving

@@ -5,27 +5,38 @@ import socket
 import pytest
 from ray import serve
 
-from cluster.registry import register
+from cluster.registry import register, resolve
 from library.errors import ArtifactError, InputError, PrismError
 from serving import app
 from serving.app import ENDPOINTS, build, serve_endpoints
+from serving.ingress import prepare
 from serving.settings import EndpointArgs
 
 
-def test_what_is_served_follows_from_the_names_and_the_artifacts(ready_registry, send_artifact):
-    assert app._chosen(["score", "score"], {}) == {"score": "models:/send@champion"}
-    assert app._chosen(None, {"score": "a"}) == {"score": "a"}
-    assert app._chosen(["hallucination", "score"], {"score": "a"}) == {
-        "hallucination": "models:/send@champion",
-        "score": "a",
-    }
+def test_what_is_served_follows_from_the_names_and_the_artifacts(ready_registry, send_artifact, rewritten, tmp_path):
+    assert app._chosen(["score", "score"], {}) == ({"score": "models:/send@champion"}, {})
+    assert app._chosen(None, {"score": "a"}) == ({"score": "a"}, {})
+    assert app._chosen(["hallucination", "score"], {"score": "a"}) == (
+        {"hallucination": "models:/send@champion", "score": "a"},
+        {},
+    )
     with pytest.raises(InputError, match="no model has a champion yet"):
         app._chosen(None, {})
     register(send_artifact.path, "send")
     with pytest.raises(InputError, match="no model has a champion yet"):
         app._chosen(None, {})
     register(send_artifact.path, "send", aliases=["champion"])
-    assert list(app._chosen(None, {})) == [name for name, endpoint in ENDPOINTS.items() if endpoint.model == "send"]
+    register(rewritten(send_artifact, tmp_path / "farms", kind="farms").path, "farms")
+    corrupt = rewritten(send_artifact, tmp_path / "corrupt", kind="rqgnn").path
+    register(corrupt, "rqgnn", aliases=["champion"])
+    weights = resolve("models:/rqgnn@champion") / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    chosen, left_out = app._chosen(None, {})
+    assert list(chosen) == [name for name, endpoint in ENDPOINTS.items() if endpoint.model == "send"]
+    assert left_out.keys() == ENDPOINTS.keys() - chosen.keys()
+    assert left_out["spectrum"] == "model farms has no champion; see prism registry promote"
+    assert "is corrupt: its SHA-256" in left_out["graph-anomaly"]
+    assert left_out["corrosion"] == "no model qrc is registered"
 
 
 def test_wrong_names_and_artifacts_are_refused_before_ray_is_joined(
@@ -85,3 +96,13 @@ def test_the_builder_refuses_what_it_cannot_serve(ready_registry, send_artifact,
     empty.touch()
     with pytest.raises(InputError, match="holds no token"):
         build(EndpointArgs(endpoint="score", artifact=str(send_artifact.path), token_file=str(empty)))
+
+
+def test_who_takes_requests_in_is_decided_before_ray_starts(ray_cluster, send_artifact, monkeypatch):
+    for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="--ingress fast is decided when Ray starts: set RAY_SERVE_ENABLE_HA_PROXY=1"):
+        serve_endpoints(["score"], {"score": str(send_artifact.path)}, ingress="fast")
+    prepare("proxy", None)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")  # as on the machines of a cluster that has it
+    prepare("haproxy", "10.0.0.1:6379")

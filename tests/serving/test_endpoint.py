@@ -89,9 +89,10 @@ def test_settings_that_differ_need_calls_of_their_own(hallucination):
     assert len(groups) == len(bodies) + 1
 
 
-def test_cost_counts_answer_rows_with_the_models_own_number_of_samples(hallucination):
-    assert hallucination.cost(HallucinationRequest(prompt="a")) == 5
-    assert hallucination.cost(HallucinationRequest(prompts=["a", "b", "c"], samples=9)) == 30
+def test_cost_counts_tokens_with_the_models_own_number_of_samples_and_length(hallucination):
+    assert hallucination.cost(HallucinationRequest(prompt="a")) == 5 * (1 + 6)
+    assert hallucination.cost(HallucinationRequest(prompts=["a", "é", "c"], samples=9, max_new_tokens=2)) == 10 * 10
+    assert hallucination.cost(HallucinationRequest(prompt="x" * 1000)) == 5 * (256 + 6)  # no more than fit
     score = Score(SimpleNamespace(), "v")
     assert score.cost(ScoreRequest(texts=["a", "é"])) == 3
 

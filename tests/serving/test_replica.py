@@ -53,8 +53,8 @@ def replica(ray_cluster, send_artifact, monkeypatch):
 
     yield make
     for replica in made:
-        replica.endpoint.go.set()
-        replica.batcher.close()
+        replica.current.endpoint.go.set()
+        replica.close()
 
 
 async def predict(replica: Replica, request: ScoreRequest) -> ScoreResponse:
@@ -69,7 +69,7 @@ def test_requests_that_come_together_share_one_call_and_each_gets_its_own_answer
     async def run():
         service = replica()
         answers = await outcomes(service, texts(*range(1, 17)))
-        return service.endpoint.calls, [len(answer.model) for answer in answers]
+        return service.current.endpoint.calls, [len(answer.model) for answer in answers]
 
     assert asyncio.run(run()) == ([list(range(1, 17))], list(range(1, 17)))
 
@@ -78,7 +78,7 @@ def test_batches_are_filled_by_cost(replica):
     async def run():
         service = replica(request_cost=10, batch_cost=10, batch_wait_s=0.1)
         answers = await outcomes(service, texts(6, 4, 6, 4, 10))
-        return service.endpoint.calls, [len(answer.model) for answer in answers]
+        return service.current.endpoint.calls, [len(answer.model) for answer in answers]
 
     calls, lengths = asyncio.run(run())
     assert calls[0] == [6, 4]
@@ -90,7 +90,7 @@ def test_batches_are_filled_by_cost(replica):
 def test_a_request_that_costs_too_much_is_refused_before_the_model(replica):
     async def run():
         service = replica(request_cost=10)
-        return await outcomes(service, texts(11)), service.endpoint.calls
+        return await outcomes(service, texts(11)), service.current.endpoint.calls
 
     [refusal], calls = asyncio.run(run())
     assert isinstance(refusal, InputError)
@@ -101,12 +101,12 @@ def test_a_request_that_costs_too_much_is_refused_before_the_model(replica):
 def test_a_full_replica_refuses_more_and_says_that_it_is_not_ready(replica):
     async def run():
         service = replica(max_pending=2)
-        service.endpoint.go.clear()
+        service.current.endpoint.go.clear()
         waiting = [asyncio.ensure_future(predict(service, request)) for request in texts(1, 2)]
         await asyncio.sleep(0)
         [third], reason = await outcomes(service, texts(3)), service.not_ready()
         service.check_health()  # full is not broken
-        service.endpoint.go.set()
+        service.current.endpoint.go.set()
         return third, reason, await asyncio.gather(*waiting), service.not_ready()
 
     third, reason, answers, after = asyncio.run(run())
@@ -119,10 +119,10 @@ def test_a_full_replica_refuses_more_and_says_that_it_is_not_ready(replica):
 def test_an_answer_that_takes_too_long_is_given_up_while_the_loop_stays_free(replica):
     async def run():
         service = replica(timeout_s=0.2)
-        service.endpoint.go.clear()
+        service.current.endpoint.go.clear()
         [late] = await outcomes(service, texts(1))
         pending = service.pending
-        service.endpoint.go.set()
+        service.current.endpoint.go.set()
         return late, pending, await outcomes(service, texts(5))
 
     late, pending, [answer] = asyncio.run(run())
@@ -133,7 +133,7 @@ def test_an_answer_that_takes_too_long_is_given_up_while_the_loop_stays_free(rep
 def test_a_model_that_keeps_failing_makes_the_replica_unhealthy(replica):
     async def run():
         service = replica()
-        service.endpoint.broken = True
+        service.current.endpoint.broken = True
         for _ in range(FAILED_CALLS - 1):
             await outcomes(service, texts(1))
             service.check_health()
@@ -141,7 +141,7 @@ def test_a_model_that_keeps_failing_makes_the_replica_unhealthy(replica):
         with pytest.raises(RuntimeError, match=f"last {FAILED_CALLS} calls"):
             service.check_health()
         reason = service.not_ready()
-        service.endpoint.broken = False
+        service.current.endpoint.broken = False
         await outcomes(service, texts(1))
         service.check_health()
         return reason, service.not_ready()

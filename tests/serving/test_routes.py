@@ -9,10 +9,12 @@ import pytest
 
 from library.errors import InputError, PrismError
 from serving.batcher import Ticket
+from serving.metrics import Meter
 from serving.problems import Late, Overloaded
-from serving.routes import application
+from serving.routes import Update, application
 from serving.send import Score, ScoreResponse
 from serving.settings import EndpointArgs, token_digest
+from serving.updates import Loaded
 
 BODY = {"text": "some words"}
 TOKEN = "s3cret"
@@ -22,8 +24,9 @@ class Service:
     """Stands in for a replica: answers with what it is given, or raises it."""
 
     def __init__(self, artifact, outcome=None, busy=None):
-        self.endpoint = Score(SimpleNamespace(), artifact.version)
-        self.artifact, self.args = artifact, EndpointArgs(endpoint="score", max_body_bytes=1000)
+        self.current = Loaded(Score(SimpleNamespace(), artifact.version), artifact)
+        self.args = EndpointArgs(endpoint="score", artifact="models:/send@champion", max_body_bytes=1000)
+        self.meter = Meter("score", Score.score_bounds)
         self.outcome, self.busy = outcome, busy
         self.asked = 0
 
@@ -34,13 +37,16 @@ class Service:
     async def answer(self, ticket):
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        return ScoreResponse(model=self.endpoint.version, results=[])
+        return ScoreResponse(model=self.current.artifact.version, results=[])
 
     def not_ready(self):
         return self.busy
 
     def limits(self):
         return {"positions": 7}
+
+    def update(self):
+        return Update(reference=self.args.artifact, followed=True, refused=None)
 
 
 def call(service, method="POST", path="/predict", *, digest=None, **request) -> httpx.Response:
@@ -72,7 +78,7 @@ def test_each_failure_has_its_status_and_shows_nothing_of_the_inside(send_artifa
     assert response.status_code == status
     fields = [{"field": "texts[2]", "problem": "too long"}] if status == 422 else []
     assert response.json() == {"error": line, "fields": fields, "request_id": "mine"}
-    assert response.headers["x-prism-model"] == send_artifact.version
+    assert response.headers["x-prism-model"] == f"send/{send_artifact.version}"
     assert ("retry-after" in response.headers) == (status in (429, 503))
 
 
@@ -150,7 +156,7 @@ def test_not_ready_says_why_while_the_process_is_healthy(send_artifact):
         (b"\xff{}", "body"),
         (b"[" * 990, "body"),
         (b'{"text": NaN}', "text"),
-        (b'{"text": "\\ud800"}', "text"),
+        (b'{"text": "\\ud800"}', "body"),
         (b'{"\\ud800": 1}', "body"),
         (b'{"text": "a", "' + b"x" * 100 + b'": 1}', "x" * 64 + "..."),
         (b'{"texts": ["a", 5]}', "texts[1]"),

@@ -94,7 +94,7 @@ def test_info_health_and_ids(client, send_artifact):
         ready = client.get(f"/{name}/readyz", headers={"X-Request-Id": "mine"})
         assert ready.json() == {"status": "ready", "model": send_artifact.version}
         assert ready.headers.get_list("x-request-id") == ["mine"]
-        assert ready.headers["x-prism-model"] == send_artifact.version
+        assert ready.headers["x-prism-model"] == f"send/{send_artifact.version}"
     made = [client.post("/score/predict", json={}).headers.get_list("x-request-id") for _ in range(2)]
     assert [len(ids) for ids in made] == [1, 1]
     assert made[0] != made[1]
@@ -137,7 +137,7 @@ def test_bad_bodies_name_their_field(client, served, name, body, field):
 
 
 def test_more_than_one_request_may_ask_for_is_413(client, served):
-    body = {"prompts": ["a"] * 64}
+    body = {"prompts": ["a" * 200] * 64, "samples": 128}
     response = client.post("/hallucination/predict", json=body)
     assert response.status_code == 413
     assert response.json()["error"].startswith("body: ")

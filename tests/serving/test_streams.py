@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import sys
 import threading
 import time
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import ray
-import uvicorn
 from ray import serve
 
 from library.artifact import Artifact
@@ -19,7 +17,6 @@ from library.errors import InputError
 from serving import app
 from serving.endpoint import Endpoint, Progress, Request, Response
 from serving.replica import Replica
-from serving.routes import application
 from serving.settings import EndpointArgs
 
 STREAM = {"Accept": "text/event-stream"}
@@ -104,21 +101,12 @@ def events(response: httpx.Response) -> Iterator[tuple[str, dict]]:
 
 
 @pytest.fixture
-def counter(ray_cluster, send_artifact: Artifact, monkeypatch) -> Iterator[tuple[str, Counter]]:
+def counter(ray_cluster, send_artifact: Artifact, served_here, monkeypatch) -> Iterator[tuple[str, Counter]]:
     """The address of a counter that runs in this process, and the counter."""
     monkeypatch.setitem(app.ENDPOINTS, "counter", Counter)
     replica = CountingReplica(str(send_artifact.path))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(application(replica, None), log_level="critical", lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/predict", replica.endpoint
-    server.should_exit = True
-    thread.join(10)
-    replica.batcher.close()
+    with served_here(replica) as url:
+        yield f"{url}/predict", replica.current.endpoint
 
 
 def wait_until(happened) -> None:

@@ -1,0 +1,46 @@
+"""Who takes requests in: Serve's own proxy, or HAProxy, which hands them straight to the replicas.
+
+proxy       one Python process on each node; nothing but its port is open
+haproxy     Ray's HAProxy, compiled code on each node; replicas listen on ports of their own, on all interfaces of their
+            node, where tokens are asked for as well. Several times the throughput of short requests
+fast        haproxy with Serve's throughput options: no thread apart for our code in a replica, logs in blocks
+
+Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_THROUGHPUT_OPTIMIZED on
+every machine of a cluster, or `prepare` for a Ray that is started here.
+"""
+
+import os
+import sys
+from typing import Literal
+
+from library.errors import InputError
+
+Ingress = Literal["proxy", "haproxy", "fast"]
+VARIABLES: dict[Ingress, dict[str, str]] = {
+    "proxy": {},
+    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
+    "fast": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+}
+
+
+def prepare(ingress: Ingress, address: str | None) -> None:
+    """Set the environment of the Ray that will be started here.
+
+    Raises InputError when Ray runs already without it: then it must be set where the cluster is started.
+    """
+    wanted = {name: value for name, value in VARIABLES[ingress].items() if os.environ.get(name) != value}
+    if not wanted:
+        return
+    there = address not in (None, "local") or os.environ.get("RAY_ADDRESS") or _runs()
+    if there:
+        pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
+        raise InputError(f"--ingress {ingress} is decided when Ray starts: set {pairs} on the machines of the cluster")
+    os.environ |= wanted
+
+
+def _runs() -> bool:
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return ray.is_initialized() or "ray.serve" in sys.modules

@@ -88,6 +88,7 @@ SEARCHES = {
     "farms": "how far layers' learning rates differ, by which map of their exponents: the best accuracy",
     "spe": "eigenpairs, functions on eigenvalues, outer network, depth and rates of SPE: the least validation error",
     "rqgnn": "quotients, filters, pooling, sizes, loss and rates of RQGNN: the best macro-F1 on held-out graphs",
+    "diffspectra": "rates, sizes, averages and what is hidden of DiffSpectra: the least loss on held-out molecules",
     "qrc": "angles, sizes and encodings of quantum reservoirs, then onions of the best: the least error elsewhere",
 }
 

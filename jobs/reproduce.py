@@ -37,6 +37,7 @@ REPRODUCTIONS = {
     "spe": "jobs.spe_reproduction:SpeReproduction",
     "qrc": "jobs.qrc_reproduction:QrcReproduction",
     "rqgnn": "jobs.rqgnn_reproduction:RqgnnReproduction",
+    "diffspectra": "jobs.diffspectra_reproduction:DiffSpectraReproduction",
 }
 
 ROOT = Path(__file__).resolve().parents[1]

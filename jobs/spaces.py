@@ -30,6 +30,7 @@ SPACES: dict[str, SearchEntry] = {
     "farms": SearchEntry("tune_spaces.farms", "farms-balance"),
     "spe": SearchEntry("tune_spaces.spe", "spe"),
     "rqgnn": SearchEntry("tune_spaces.rqgnn", "rqgnn"),
+    "diffspectra": SearchEntry("tune_spaces.diffspectra", "diffspectra"),
     "qrc": SearchEntry("tune_spaces.qrc", "qrc", own="jobs.qrc_search:QrcSearch"),
 }
 

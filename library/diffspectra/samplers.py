@@ -28,6 +28,7 @@ def ancestral(
     *,
     steps: int,
     temperature: float = 1.0,
+    released: bool = False,
     progress: Progress | None = None,
 ) -> State:
     """`steps` stochastic steps from G_T to the mean at time 0, which is the last prediction.
@@ -40,22 +41,25 @@ def ancestral(
     start        G_T, standard normal
     noise        the noise of step k, counted from 0; not asked for at the last step
     temperature  factor of the noise, 1 in the paper
+    released     take the factors of the released code (`NoiseSchedule.released_step`), those of the last step included
     progress     called with (steps done, steps)
 
     Raises InputError for less than 1 step. Source: Huang et al., 2023; Kingma et al., 2021 (the posterior).
     """
     state, previous = start, None
     times, ends = (t.to(start.nodes.device) for t in schedule.ancestral_times(steps))
-    own, predicted, spread = schedule.ancestral_step(times, ends)
+    own, predicted, spread = (schedule.released_step if released else schedule.ancestral_step)(times, ends)
     for k in range(steps):
         previous = denoise(state, times[k], previous)
-        if k == steps - 1:
+        last = k == steps - 1
+        if last and not released:
             state = previous
         else:
-            drawn = noise(k)
+            drawn = previous if last else noise(k)
+            factor = 0.0 if last else temperature * spread[k]
             state = State(
                 *(
-                    (own[k] * x + predicted[k] * p + temperature * spread[k] * e).to(x.dtype)
+                    (own[k] * x + predicted[k] * p + factor * e).to(x.dtype)
                     for x, p, e in zip(state, previous, drawn, strict=True)
                 )
             )

@@ -91,6 +91,20 @@ class NoiseSchedule(ABC):
         spread = (between * variance_s / variance_t).clamp(min=0).sqrt()
         return own.to(time.dtype), predicted.to(time.dtype), spread.to(time.dtype)
 
+    def released_step(self, time: Tensor, to: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same three factors as the released code has them: in single precision, sigma^2 as 1 - alpha^2.
+
+        For the cosine schedule its sigma at time 0 is a rounding error of 2e-4, so that its last step gives 0.9986 of
+        the prediction and 0.0014 of G_t, where `ancestral_step` has the prediction itself.
+        """
+        log_t, log_s = self._log_alpha(time.float()).float(), self._log_alpha(to.float()).float()
+        alpha_t, alpha_s = log_t.exp(), log_s.exp()
+        sigma_t, sigma_s = (1 - (2 * log_t).exp()).sqrt(), (1 - (2 * log_s).exp()).sqrt()
+        ratio = alpha_t / alpha_s
+        between = sigma_t**2 - ratio**2 * sigma_s**2
+        own, predicted = ratio * sigma_s**2 / sigma_t**2, alpha_s * between / sigma_t**2
+        return own, predicted, between.sqrt() * sigma_s / sigma_t
+
 
 class CosineSchedule(NoiseSchedule):
     """alpha_t = cos(pi/2 (t + s) / (1 + s)) / cos(pi/2 s / (1 + s)), s = 0.008; sampled from T = 0.9946."""
@@ -100,7 +114,7 @@ class CosineSchedule(NoiseSchedule):
     least_cosine = 1e-8  # at t = 1 the cosine is 0 up to rounding
 
     def _log_alpha(self, time: Tensor) -> Tensor:
-        cosine = torch.cos(0.5 * math.pi * (time + self.offset) / (1 + self.offset)).clamp(min=self.least_cosine)
+        cosine = torch.cos((time + self.offset) / (1 + self.offset) * math.pi / 2).clamp(min=self.least_cosine)
         return (cosine.log() - math.log(math.cos(0.5 * math.pi * self.offset / (1 + self.offset)))).clamp(max=0)
 
     def _time(self, log_alpha: Tensor) -> Tensor:

@@ -1,15 +1,25 @@
 """Sampling: the law of the counts, its scaling with shots, one long circuit, and feedback of estimates."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch import Tensor
 
 from library.errors import InputError
 from library.qrc import gates
+from library.qrc.forecaster import Forecaster
+from library.qrc.hybrid import HybridReservoir
 from library.qrc.reservoir import QuantumReservoir
-from library.qrc.shots import SampledReservoir, outcome_probabilities, sample_counts, shot_covariance
+from library.qrc.shots import (
+    SampledReservoir,
+    drive_sampled,
+    outcome_probabilities,
+    sample_counts,
+    shot_covariance,
+)
 from tests.library.quantum_cases import ALL_SAMPLED, NOISY, golden, golden_reservoir, reservoir, series
 
 
@@ -131,3 +141,46 @@ def test_what_cannot_be_sampled_is_refused():
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         SampledReservoir(reservoir=QuantumReservoir(), shots=0)
     assert SampledReservoir(reservoir=noisy).describe()["shots"] == 16384
+
+
+def test_many_draw_what_each_would_draw_alone():
+    inners = [reservoir({"qubits": 3}, seed=k) for k in range(3)] + [reservoir({"qubits": 3, "mode": "feedback"})]
+    members = [SampledReservoir(reservoir=inner, shots=64 + k, seed=k) for k, inner in enumerate(inners)]
+    inputs = series(2, 12, 1)
+    first, states = drive_sampled(members, inputs[:, :7])
+    last, ends = drive_sampled(members, inputs[:, 7:], states)
+    for member, *parts in zip(members, first, last, ends, strict=True):
+        begun, state = member.drive(inputs[:, :7])
+        going, end = member.drive(inputs[:, 7:], state)
+        assert all(torch.equal(a, b) for a, b in zip(parts, (begun, going, end), strict=True))
+    with pytest.raises(InputError, match="this reservoir and input take"):
+        drive_sampled(members[:1], inputs, [states[0][:, 1:]])
+
+
+def autoregressive(series: int, rows: int, seed: int) -> Tensor:
+    """A damped oscillation that is driven by noise, (series, rows, 1)."""
+    noise = 0.3 * torch.randn(series, rows + 100, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.zeros_like(noise)
+    for step in range(2, rows + 100):
+        values[:, step] = 1.5 * values[:, step - 1] - 0.8 * values[:, step - 2] + noise[:, step]
+    return values[:, 100:, None]
+
+
+def test_intervals_of_a_closed_loop_hold_what_they_should_with_few_shots_too():
+    """Every path draws its shots anew at each step; intervals of exact features would be too narrow."""
+    train, tests = autoregressive(8, 600, seed=0), autoregressive(150, 66, seed=1)
+    shown, after = tests[:, :60].numpy(), tests[:, 60:, 0].numpy()
+    exact = QuantumReservoir(qubits=3, sigma=0.5, scale=1.0, seed=1)
+    found = {}
+    for shots in (None, 512):
+        member = SampledReservoir(reservoir=exact, shots=shots) if shots else exact
+        model = Forecaster(HybridReservoir(members=(member,)), washout=30, skip=True).fit(train.numpy())
+        found[shots] = model.forecast(shown, 6, paths=150, level=0.8)
+    held = {}
+    for shots, forecast in found.items():
+        inside = (forecast.lower[..., 0] <= after) & (after <= forecast.upper[..., 0])
+        held[shots] = inside.mean()
+        assert held[shots] == pytest.approx(0.8, abs=0.05)
+    half = (found[None].upper - found[None].lower)[..., 0] / 2
+    narrow = np.abs(found[512].mean[..., 0] - after) <= half
+    assert narrow[:, 0].mean() < 0.65

@@ -4,7 +4,7 @@ WeightWatcher analyses the plain matrices with its defaults: the power-law fit o
 The same rule here is the like-for-like comparison, and its exponents must agree; the median rule and FARMS' windows are
 what a user of this project runs, and are shown beside it.
 
-    python benchmarks/farms.py [--sizes 512x512 1024x256 ...] [--repeat N] [--threads N] [--out FILE.json]
+    python -m benchmarks.farms [--sizes 512x512 1024x256 ...] [--repeat N] [--threads N] [--out FILE.json]
 
 WeightWatcher comes with the extra `bench`; `make bench` installs it.
 """
@@ -14,10 +14,7 @@ import importlib.util
 import json
 import logging
 import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.timing import median_seconds
 from library import farms
 
 if TYPE_CHECKING:
@@ -48,16 +46,6 @@ def layer(size: str, number: int) -> nn.Linear:
     return made
 
 
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def weightwatcher_table(net: nn.Module) -> "pd.DataFrame":
     """WeightWatcher's own table with its defaults."""
     import weightwatcher
@@ -76,10 +64,14 @@ def measure(sizes: list[str], repeat: int) -> list[dict]:
         rows.append(
             {
                 "size": size,
-                "weightwatcher": seconds(lambda net=net: weightwatcher_table(net), repeat),
-                "plain ks": seconds(lambda net=net: farms.analyze(net, method="plain", rule="ks"), repeat),
-                "plain median": seconds(lambda net=net: farms.analyze(net, method="plain"), repeat),
-                "farms median": seconds(lambda net=net: farms.analyze(net, window=256, ops=5), repeat),
+                "weightwatcher": median_seconds(lambda net=net: weightwatcher_table(net), repeat, warm=False),
+                "plain ks": median_seconds(
+                    lambda net=net: farms.analyze(net, method="plain", rule="ks"), repeat, warm=False
+                ),
+                "plain median": median_seconds(lambda net=net: farms.analyze(net, method="plain"), repeat, warm=False),
+                "farms median": median_seconds(
+                    lambda net=net: farms.analyze(net, window=256, ops=5), repeat, warm=False
+                ),
                 "alpha": float(ours["alpha"][0]),
                 "alpha difference": abs(float(ours["alpha"][0]) - float(theirs["alpha"][0])),
             }

@@ -9,8 +9,6 @@ perturbations is a loop over bit numbers.
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.timing import median_seconds
 from library.hawq.analysis import BITS
 from library.hawq.costs import BitChoice, size_costs
 from library.hawq.curvature import quadratic_forms
@@ -33,17 +32,6 @@ from library.images import image_network, image_splits, load_images
 from library.images.data import stacked
 
 BUDGETS = 20  # budgets that the integer programme is solved for; the frontier answers all of them
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """The median time of a call after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def per_layer_traces(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], probes: int) -> dict[str, float]:
@@ -78,8 +66,8 @@ def trace_row(network: str, images: int, probes: int, repeats: int) -> dict[str,
     def joint(curvature: str) -> Callable[[], object]:
         return lambda: quadratic_forms(model, F.cross_entropy, batch, weights, curvature=curvature, **options)
 
-    loop = seconds(lambda: per_layer_traces(model, batch, probes), repeats)
-    ours = {name: seconds(joint(name), repeats) for name in ("hessian", "ggn", "fisher")}
+    loop = median_seconds(lambda: per_layer_traces(model, batch, probes), repeats)
+    ours = {name: median_seconds(joint(name), repeats) for name in ("hessian", "ggn", "fisher")}
     return {"network": network, "layers": len(weights), "per-layer loop": loop, **ours}
 
 
@@ -96,10 +84,10 @@ def frontier_row(repeats: int) -> dict[str, object]:
     worst = max(
         abs(front.choose(limit).omega / select(omega, {"size": cost}, {"size": limit}).omega - 1) for limit in limits
     )
-    programme = seconds(lambda: select(omega, {"size": cost}, {"size": float(limits[BUDGETS // 2])}), repeats)
+    programme = median_seconds(lambda: select(omega, {"size": cost}, {"size": float(limits[BUDGETS // 2])}), repeats)
     return {
         "points": len(front),
-        "frontier": seconds(lambda: frontier(omega, cost), max(5, repeats)),
+        "frontier": median_seconds(lambda: frontier(omega, cost), max(5, repeats)),
         "one programme": programme,
         "largest relative difference": worst,
     }
@@ -113,8 +101,8 @@ def perturbation_row(repeats: int) -> dict[str, object]:
     def one_by_one() -> list[float]:
         return [float((quantizer.quantize(weight, b).values() - weight).double().square().sum()) for b in BITS]
 
-    at_once = seconds(lambda: quantizer.squared_errors(weight, BITS), repeats)
-    return {"at once": at_once, "one by one": seconds(one_by_one, repeats)}
+    at_once = median_seconds(lambda: quantizer.squared_errors(weight, BITS), repeats)
+    return {"at once": at_once, "one by one": median_seconds(one_by_one, repeats)}
 
 
 def main() -> None:

@@ -5,15 +5,13 @@ which each graph's block is taken out, x^T L x as the diagonal of X^T L X, one C
 recurrence, and pooling graph by graph. `vectorised` is the same network with no loop over graphs or filters but with
 nothing precomputed or folded: what a careful user would write. All three hold the same weights; logits must agree.
 
-    python benchmarks/rqgnn.py [--graphs N] [--repeat N] [--threads N] [--out FILE.json]
+    python -m benchmarks.rqgnn [--graphs N] [--repeat N] [--threads N] [--out FILE.json]
 """
 
 import argparse
 import itertools
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch_geometric.nn import ChebConv
 
+from benchmarks.timing import median_seconds
 from library.rqgnn.batches import GraphBatch
 from library.rqgnn.data import GraphData
 from library.rqgnn.loss import focal_loss
@@ -110,17 +109,6 @@ def vectorised(net: RQGNN, data: GraphData, count: int) -> Tensor:
     return net.head(net.dropout(net.norm(joined)))
 
 
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """The median time of a call, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def step(logits: Callable[[], Tensor], labels: Tensor) -> None:
     """Forward, loss, backward."""
     focal_loss(logits(), labels, CLASS_WEIGHTS, 1.5).backward()
@@ -146,21 +134,21 @@ def measure(graphs: int, repeat: int) -> dict[str, Any]:
             "ours": 0.0,
         }
         inference = {
-            "published": seconds(lambda: theirs(plain), repeat),
-            "vectorised": seconds(lambda: vectorised(ours, data, count), repeat),
-            "ours": seconds(lambda: ours(batch), repeat),
+            "published": median_seconds(lambda: theirs(plain), repeat),
+            "vectorised": median_seconds(lambda: vectorised(ours, data, count), repeat),
+            "ours": median_seconds(lambda: ours(batch), repeat),
         }
     ours.train()
     theirs.train()
     steps = {
-        "published": seconds(lambda: step(lambda: theirs(plain), data.labels), repeat),
-        "vectorised": seconds(lambda: step(lambda: vectorised(ours, data, count), data.labels), repeat),
-        "ours": seconds(lambda: step(lambda: ours(batch), data.labels), repeat),
+        "published": median_seconds(lambda: step(lambda: theirs(plain), data.labels), repeat),
+        "vectorised": median_seconds(lambda: step(lambda: vectorised(ours, data, count), data.labels), repeat),
+        "ours": median_seconds(lambda: step(lambda: ours(batch), data.labels), repeat),
     }
     batches = {
-        "published": seconds(lambda: published_batch(data, count), 1),
-        "vectorised": seconds(lambda: material.data.select(chosen), repeat),
-        "ours": seconds(lambda: material.prepared.batch(chosen), repeat),
+        "published": median_seconds(lambda: published_batch(data, count), 1),
+        "vectorised": median_seconds(lambda: material.data.select(chosen), repeat),
+        "ours": median_seconds(lambda: material.prepared.batch(chosen), repeat),
     }
     return {"batch": batches, "step": steps, "inference": inference, "apart": apart, "nodes": data.graphs.num_nodes}
 

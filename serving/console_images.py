@@ -12,7 +12,8 @@ from serving.console_page import answering, drawn, figures, introduction, number
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXAMPLES = (0, 4, 5, 7, 11)  # of the shipped test images
+EXAMPLES = (0, 3, 4, 5, 7, 11)  # of the shipped test images
+FIRST, BLACK = "Bag", "black canvas"
 SIDE = 280  # of the canvas
 BUDGETS = {"size of the weights": ("size", "bits"), "bit operations": ("bops", "bit operations")}
 
@@ -25,13 +26,13 @@ def images_tab(endpoints: Endpoints) -> None:
         gr.HTML(
             introduction(
                 "What does an image show?",
-                "Choose one of the test images, upload one, or take the black one and draw on it.",
+                "Take a test image, upload one, or take the black canvas and draw on it.",
             )
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
                 image = gr.ImageEditor(
-                    _choices()[1],
+                    _choices()[FIRST],
                     label="Image",
                     type="pil",
                     image_mode="RGB",
@@ -46,15 +47,7 @@ def images_tab(endpoints: Endpoints) -> None:
                     elem_id="image",
                 )
             with gr.Column(scale=1, min_width=280):
-                picked = gr.Gallery(
-                    _choices(),
-                    show_label=False,
-                    columns=6,
-                    height=96,
-                    allow_preview=False,
-                    buttons=[],
-                    elem_id="shipped",
-                )
+                picked = gr.Radio(list(_choices()), value=FIRST, label="Test images", elem_id="picked")
                 button = gr.Button("Classify", variant="primary", elem_id="ask-classify")
         answer = gr.HTML(waiting("Classify, and the class and the network's bits appear here."), elem_id="classify")
 
@@ -63,10 +56,10 @@ def images_tab(endpoints: Endpoints) -> None:
             body = {"image": _png(image), "explain": True}
             return _classes(endpoints.ask("classify", body))
 
-        def picks(event: gr.SelectData) -> Any:
-            return _choices()[event.index]
+        def picks(name: str) -> Any:
+            return _choices()[name]
 
-        picked.select(picks, None, image, queue=False, api_visibility="private", show_progress="hidden")
+        picked.select(picks, picked, image, queue=False, api_visibility="private", show_progress="hidden")
         button.click(classified, image, answer, queue=False, api_visibility="private")
     if endpoints.serves("advise"):
         gr.HTML(
@@ -88,16 +81,18 @@ def images_tab(endpoints: Endpoints) -> None:
         button.click(advised, [budget, fraction], advice, queue=False, api_visibility="private")
 
 
-def _choices() -> "list[Image]":
-    """A black canvas to draw on, and a few shipped test images."""
+def _choices() -> "dict[str, Image]":
+    """A black canvas to draw on, and a few shipped test images by their class."""
     from PIL import Image
 
     from library.images import load_images
 
-    pixels = load_images().test.pixels
-    shipped = [Image.fromarray(pixels[i, 0].numpy()).convert("RGB") for i in EXAMPLES]
-    black = Image.new("RGB", (SIDE, SIDE), "black")
-    return [black, *(image.resize((SIDE, SIDE), Image.Resampling.NEAREST) for image in shipped)]
+    data = load_images()
+    found = {BLACK: Image.new("RGB", (SIDE, SIDE), "black")}
+    for i in EXAMPLES:
+        shipped = Image.fromarray(data.test.pixels[i, 0].numpy()).convert("RGB")
+        found[data.classes[int(data.test.labels[i])]] = shipped.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    return found
 
 
 def _png(edited: dict[str, Any] | None) -> str:

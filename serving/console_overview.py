@@ -47,8 +47,9 @@ def _card(name: str, reference: str, told: dict[str, Any] | str) -> str:
     return (
         f'<h3>{escape(name)} <span class="badge">ready</span></h3>'
         f"{paragraph(told['summary'])}"
-        f"<p><code>{escape(reference)}</code> version <code>{escape(told['version'])}</code></p>"
-        f'<p class="quiet">made {escape(made)} by {escape(told["kind"])} · <a href="/{escape(name)}/docs">API</a></p>'
+        f"<p><code>{escape(reference)}</code></p>"
+        f'<p class="quiet">version {escape(told["version"])} of {escape(made)}, '
+        f'<a href="/{escape(name)}/docs">its API</a></p>'
         f"{table(rows)}{more}"
     )
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 from collections.abc import Callable, Iterable
 from functools import wraps
 from html import escape
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from gradio.themes import Base
     from matplotlib.figure import Figure
 
+LOG = logging.getLogger("ray.serve")
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"  # Okabe and Ito's, as in all figures
 TITLE = "Prism"
 CSS = """
@@ -46,7 +48,7 @@ CSS = """
 .prism .card h3 {margin: 0 0 .2rem}
 .prism .card p {margin: .2rem 0; font-size: .92rem}
 .prism .card table {margin-top: .4rem}
-.prism .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: .75rem;
+.prism .figures {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: .75rem;
   margin: .75rem 0; align-items: start}
 .prism figure {margin: 0; border: 1px solid var(--border-color-primary); border-radius: 10px; background: #fff;
   padding: .6rem .6rem .4rem; max-width: 660px; min-width: 0}
@@ -126,6 +128,9 @@ def answering(action: Callable[..., str]) -> Callable[..., str]:
             return page(action(*values))
         except PrismError as problem:
             return page(error(str(problem)))
+        except Exception:
+            LOG.exception("the console failed to show an answer")
+            return page(error("an unexpected failure; the server's log has it"))
 
     return shown
 
@@ -202,7 +207,7 @@ def number(value: float) -> str:
 def share(value: float) -> str:
     """A probability in per cent.
 
-    >>> share(0.734), share(0.0004)
-    ('73 %', '0.04 %')
+    >>> share(0.734).split(), share(0.0004).split()
+    (['73', '%'], ['0.04', '%'])
     """
-    return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
+    return f"{100 * value:.2g}\u00a0%" if value < 0.995 else f"{100 * value:.0f}\u00a0%"

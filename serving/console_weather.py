@@ -71,6 +71,7 @@ def request(station: str, day: int, horizon: int) -> tuple[dict[str, Any], list[
 
 def _forecast(answer: dict[str, Any], body: dict[str, Any], times: list[datetime]) -> str:
     found = answer["results"][0]
+    ahead = [curve | {"unit": curve["unit"].replace("m2", "m²")} for curve in found["forecast"]]
     seen = {curve["name"]: _last(curve) for curve in found["nowcast"]}
     first = SEEN - SHOWN
     columns = {name: body["series"][0]["inputs"][name][first:] + body["future"][0]["inputs"][name] for name in CHANNELS}
@@ -80,14 +81,14 @@ def _forecast(answer: dict[str, Any], body: dict[str, Any], times: list[datetime
             f"{number(curve['mean'][-1])} {curve['unit']}",
             f"{number(curve['lower'][-1])} to {number(curve['upper'][-1])}",
         )
-        for curve in found["forecast"]
+        for curve in ahead
     ]
     pictures = [
         drawn(
             forecast_figure(times[first:SEEN], seen.get(curve["name"]), times[SEEN:], curve),
             f"{curve['name'].capitalize()} with an interval that should hold {share(LEVEL)} of the outcomes.",
         )
-        for curve in found["forecast"]
+        for curve in ahead
     ]
     return (
         paragraph(f"At the end of the forecast, {times[-1]:%d %B %Y, %H:%M} UTC:")

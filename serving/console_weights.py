@@ -20,9 +20,9 @@ GAUSS, HEAVY, OWN, LAYER = (
 )
 EXAMPLE_SHAPE = (256, 384)
 VERDICTS = {
-    "heavier-tailed": "heavier than untrained",
+    "heavier-tailed": "heavier tail",
     "like-untrained": "like untrained",
-    "lighter-tailed": "lighter than untrained",
+    "lighter-tailed": "lighter tail",
 }
 
 
@@ -51,8 +51,8 @@ def weights_tab(endpoints: Endpoints) -> None:
         return gr.update(visible=source == OWN), gr.update(visible=source == LAYER)
 
     @answering
-    def measured(source: str, path: str | None, name: str) -> str:
-        return _spectrum(endpoints.ask("spectrum", _given(source, path, name.strip()) | {"rule": "median"}))
+    def measured(source: str, path: str | None, name: str | None) -> str:
+        return _spectrum(endpoints.ask("spectrum", _given(source, path, (name or "").strip()) | {"rule": "median"}))
 
     source.change(chosen, source, [file, layer], queue=False, api_visibility="private", show_progress="hidden")
     button.click(measured, [source, file, layer], answer, queue=False, api_visibility="private")
@@ -100,7 +100,7 @@ def _spectrum(found: dict[str, Any]) -> str:
     windows = f"{found['windows']} windows of {found['window_rows']} x {found['window_columns']}"
     return tiles(
         ("verdict", VERDICTS[found["verdict"]], "by alpha, beyond its error"),
-        ("alpha", f"{found['alpha']:.2f} ± {found['standard_error']:.2f}", "smaller: heavier tail"),
+        ("alpha", f"{found['alpha']:.2f} ± {found['standard_error']:.1g}", "smaller: heavier tail"),
         ("alpha of an untrained one", f"{found['mp_alpha']:.2f}", "Marchenko and Pastur"),
         ("largest eigenvalue", number(found["spectral_norm"]), f"stable rank {number(found['stable_rank'])}"),
     ) + figures(

@@ -20,6 +20,7 @@ from PIL import Image
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
@@ -122,8 +123,18 @@ class Browser:
     def fill(self, place: str, text: str) -> None:
         """Write into the field of an element, instead of what is in it."""
         field = self.until(lambda: self.one(place), place).find_element(By.CSS_SELECTOR, "textarea, input")
-        field.clear()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.BACKSPACE)
         field.send_keys(text)
+
+    def value(self, place: str) -> str:
+        """What is written in the field of an element."""
+        return self.one(place).find_element(By.CSS_SELECTOR, "textarea, input").get_attribute("value")
+
+    def choose(self, place: str, option: str) -> None:
+        """Choose one of the options of an element."""
+        found = self.until(lambda: self.one(place), place).find_elements(By.TAG_NAME, "label")
+        next(label for label in found if label.text.strip() == option).click()
 
     def upload(self, place: str, file: Path) -> None:
         """Give a file to an element that takes one."""

@@ -61,6 +61,7 @@ CSS = """
 .prism tr:last-child td {border-bottom: 0 !important}
 .prism td.number {text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
   padding-right: 0 !important}
+.prism a {margin: 0 !important; padding: 0 !important}
 .prism ol {margin: .25rem 0; padding-left: 1.9rem}
 .prism li {margin: .15rem 0 !important}
 .prism .error {border-left: 4px solid #D55E00; padding: .5rem .8rem; border-radius: 4px; max-width: none;

@@ -54,6 +54,18 @@ def encodings_figure(rows: Sequence[Sequence[float]], symbols: Sequence[str]) ->
     return drawn
 
 
+def bands_figure(modality: str, intensities: Sequence[float]) -> "Figure":
+    """A UV-Vis, IR or Raman spectrum on the grid of its modality."""
+    from library.diffspectra.lines import UNITS, grid
+
+    drawn, axis = _panel()
+    places = grid(modality).numpy()
+    axis.plot(places, intensities, color=BLUE, lw=1.2)
+    axis.set(xlim=places[[-1, 0] if modality == "ir" else [0, -1]], ylim=(0, None))
+    axis.set(xlabel=UNITS[modality].replace("cm-1", "cm⁻¹"), ylabel="intensity", yticks=[])
+    return drawn
+
+
 def spectrum_figure(eigenvalues: Sequence[float]) -> "Figure":
     """Eigenvalues of a graph's Laplacian as stems."""
     drawn, axis = _panel()

@@ -92,6 +92,7 @@ def drawing(smiles: str, weights: Sequence[float] | None) -> str:
     canvas = rdMolDraw2D.MolDraw2DSVG(WIDTH, HEIGHT)
     canvas.drawOptions().useBWAtomPalette()
     canvas.drawOptions().clearBackground = False
+    canvas.drawOptions().fixedBondLength = 45  # at most: a small molecule is not blown up
     chosen: dict[int, tuple[float, float, float]] = {}
     if weights is not None:
         most = max(map(abs, weights)) or 1.0

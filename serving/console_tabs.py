@@ -7,6 +7,7 @@ from serving.console_calls import Endpoints
 from serving.console_images import images_tab
 from serving.console_language import language_tab
 from serving.console_molecules import molecules_tab
+from serving.console_spectra import spectra_tab
 from serving.console_weather import weather_tab
 from serving.console_weights import weights_tab
 
@@ -22,6 +23,7 @@ class Tab(NamedTuple):
 TABS = (
     Tab("Language", ("hallucination", "score"), language_tab),
     Tab("Molecules", ("graph-anomaly", "graph-property", "graph-encoding"), molecules_tab),
+    Tab("Spectra", ("molecule",), spectra_tab),
     Tab("Weights", ("spectrum",), weights_tab),
     Tab("Images", ("classify", "advise"), images_tab),
     Tab("Corrosion", ("corrosion",), weather_tab),

@@ -130,8 +130,8 @@ class MoleculeSearch(Endpoint):
         return [self._response(*parts) for parts in zip(requests, queries, found, strict=True)]
 
     def _query(self, request: MoleculeRequest) -> "Query":
+        from library.diffspectra.formulas import parse_formula
         from library.diffspectra.measured import Recording
-        from library.diffspectra.queries import parse_formula
 
         recordings = {name: Recording(**one.model_dump()) for name, one in request.spectra.items()}
         formula = None if request.formula is None else parse_formula(request.formula)

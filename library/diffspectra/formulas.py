@@ -48,6 +48,17 @@ def parse_formula(text: str) -> dict[str, int]:
     return counted(counts)
 
 
+def formula_text(formula: Mapping[str, int]) -> str:
+    """A formula in Hill's order, as `parse_formula` reads it.
+
+    >>> formula_text({"H": 6, "C": 2, "O": 1})
+    'C2H6O'
+    """
+    first = ("C", "H") if formula.get("C") else ()
+    order = [*first, *sorted(element for element in formula if element not in first)]
+    return "".join(f"{one}{formula[one] if formula[one] > 1 else ''}" for one in order if formula.get(one))
+
+
 class Formulas:
     """The formulas of a batch of molecules, some of which may be unknown."""
 

@@ -81,7 +81,7 @@ def run(args: Sequence[str]) -> int:
     """Run a job: prism run JOB [flags], or repeat one: prism run --config FILE [flags]."""
     if _asks_for_help(args):
         return _explain(run, {name: entry.summary for name, entry in JOBS.items()})
-    given = _given(args)
+    given = understood(args)
     name = given.name or given.record.get("job")
     if name is None:
         raise InputError(f"name a job, as in `prism run send`; there are {', '.join(JOBS)}")
@@ -92,7 +92,7 @@ def tune(args: Sequence[str]) -> int:
     """Search for a job's best settings: prism tune SPACE [--samples N] [flags]."""
     if _asks_for_help(args):
         return _explain(tune, SEARCHES)
-    given = _given(args)
+    given = understood(args)
     name = given.name or given.record.get("space")
     if name is None:
         raise InputError(f"name a space, as in `prism tune send`; there are {', '.join(SEARCHES)}")
@@ -107,7 +107,7 @@ def reproduce(args: Sequence[str]) -> int:
 
     if _asks_for_help(args):
         return _explain(reproduce, {name: METHODS[name].summary for name in REPRODUCTIONS})
-    given = _given(args)
+    given = understood(args)
     if given.name is None:
         raise InputError(f"name a method, as in `prism reproduce send`; there are all, {', '.join(REPRODUCTIONS)}")
     for method in REPRODUCTIONS if given.name == "all" else [given.name]:
@@ -163,8 +163,8 @@ class Given(NamedTuple):
     source: str | None
 
 
-def _given(args: Sequence[str]) -> Given:
-    """The record is that of --config, or for --resume that of the run which goes on, so that it keeps its recipe."""
+def understood(args: Sequence[str]) -> Given:
+    """A command line's parts; the record is that of --config, or that of the run which --resume goes on with."""
     from jobs import flags
 
     name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from library import collective
 from library.errors import InputError
@@ -86,7 +85,8 @@ class _Normalized(torch.autograd.Function):
 
         x' = scale (z' - w / W (sum z' + x^ sum z' x^)),   gain' = sum z' x^,   bias' = sum z'.
 
-    Sums in x' run over all workers' rows. Few passes over memory: what this function is for.
+    Sums in x' run over all workers' rows. Few passes over memory: what this function is for. Where derivatives of the
+    derivatives are wanted, they come from the formula itself.
     """
 
     @staticmethod
@@ -103,15 +103,20 @@ class _Normalized(torch.autograd.Function):
         scale = gain * torch.rsqrt(variance + EPSILON)
         shift = bias - mean * scale
         found = _rectified([torch.addcmul(shift, x, scale) for x in rows], relu)
-        ctx.save_for_backward(gain, *rows, *(found if relu else ()))
+        ctx.save_for_backward(gain, bias, *rows, *(found if relu else ()))
         ctx.relu, ctx.weights, ctx.statistics = relu, weights, statistics
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gain, *saved = ctx.saved_tensors
+        gain, bias, *saved = ctx.saved_tensors
         (total, mean, variance), rows = ctx.statistics, saved[: len(gradients)]
+        if torch.is_grad_enabled():
+            inputs, needed = (gain, bias, *rows), ctx.needs_input_grad[3:]
+            found = _by_formula(ctx.relu, ctx.weights, *inputs)
+            wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+            derivatives = iter(torch.autograd.grad(found, wanted, gradients, create_graph=True))
+            return None, None, None, *(next(derivatives) if need else None for need in needed)
         if ctx.relu:
             found = saved[len(rows) :]
             gradients = [torch.ops.aten.threshold_backward(g, y, 0) for g, y in zip(gradients, found, strict=True)]
@@ -129,6 +134,19 @@ class _Normalized(torch.autograd.Function):
             results = [x.mul_(w[:, None]) for x, w in zip(results, ctx.weights, strict=True)]
         results = [x.addcmul_(g, scale) for x, g in zip(results, gradients, strict=True)]
         return None, None, None, sums[1] * inverse, sums[0], *results
+
+
+def _by_formula(
+    relu: bool, weights: Sequence[Tensor] | None, gain: Tensor, bias: Tensor, *rows: Tensor
+) -> list[Tensor]:
+    """What `_Normalized` gives, step by step."""
+    counts = torch.cat(weights) if weights else rows[0].new_ones(sum(map(len, rows)))
+    x = torch.cat(rows)
+    total = collective.all_sum(counts.sum())
+    centred = x - collective.differentiable_sum(counts @ x) / total
+    variance = collective.differentiable_sum(counts @ centred.square()) / total
+    found = torch.addcmul(bias, centred, gain * torch.rsqrt(variance + EPSILON))
+    return list((found.relu() if relu else found).split([len(part) for part in rows]))
 
 
 def _rectified(rows: list[Tensor], relu: bool) -> list[Tensor]:

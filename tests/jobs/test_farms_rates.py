@@ -1,18 +1,12 @@
 """Rates from the spectra are the same on any number of workers, with any engine that has whole weights, and resumed."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 
-from jobs import checkpoint as checkpoints
-from jobs.board import Poster
-from jobs.history import read_history
-from jobs.training import TrainingJob, train
+from jobs.training import TrainingJob
 from library.farms.analysis import Settings
 from library.farms.balance import Balance, Balanced
-from tests.jobs.toy import ToyRecipe, run_workers
+from tests.jobs.toy import ToyRecipe, run_stopped, run_workers
 
 
 class BalancedToy(Balanced, ToyRecipe, frozen=True, extra="forbid"):
@@ -21,30 +15,9 @@ class BalancedToy(Balanced, ToyRecipe, frozen=True, extra="forbid"):
     balance: Balance = Balance(every=4, analysis=Settings(window=8, ops=3))
 
 
-class StopAt(Poster):
-    """Asks the loop to stop at a step."""
-
-    def __init__(self, step: int | None) -> None:
-        super().__init__(None)
-        self.step = step
-
-    def post(self, **event: object) -> None:
-        self.stop_requested = event.get("step", 0) == self.step
-
-
 def trained(engine: str, stop_at: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """The weights and the history of a run, interrupted and resumed when asked."""
-    import torch.distributed as dist
-
-    box = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(box)
-    job = TrainingJob(recipe=BalancedToy(steps=20), engine=engine, checkpoint_every=5)
-    for step in [stop_at, None] if stop_at else [None]:
-        outcome = train(job, box[0], torch.device("cpu"), StopAt(step))
-    assert outcome.reason == "finished", outcome.message
-    found = checkpoints.Checkpoint(checkpoints.complete(Path(box[0]) / "checkpoints")[0])
-    tensors = {key: found.tensor(key) for key in found.index.tensors if key.startswith("model/")}
-    return tensors, read_history(box[0])
+    return run_stopped(TrainingJob(recipe=BalancedToy(steps=20), engine=engine, checkpoint_every=5), stop_at)
 
 
 def each(*runs: tuple[str, int | None]) -> list[tuple[dict[str, torch.Tensor], dict]]:

@@ -1,19 +1,12 @@
 """SPE on Ray Train: two workers give what one gives, with any engine and norm; runs resume, register, are searched."""
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from jobs import checkpoint as checkpoints
-from jobs.board import Poster
-from jobs.history import read_history
 from jobs.spe import SpeJob
-from jobs.training import train
 from jobs.tuning import tune_job
 from library import collective
 from library.artifact import open_artifact
@@ -21,7 +14,7 @@ from library.recipe import make_batch, seeded_model
 from library.spe.predictor import GraphPredictor
 from library.spe.recipe import SpeRecipe
 from library.spe.settings import Backbone, Encoding
-from tests.jobs.toy import run_workers
+from tests.jobs.toy import run_stopped, run_workers
 
 SMALL = {"eigenpairs": 8, "width": 4, "channels": 2, "rho_layers": 2, "rho_hidden": 8, "mlp_hidden": 8, "norm": "layer"}
 Case = tuple[str, dict, str]
@@ -45,29 +38,11 @@ def recipe(encoding: dict, norm: str = "layer", steps: int = 8) -> SpeRecipe:
     )
 
 
-class StopAt(Poster):
-    """Asks the loop to stop at a step."""
-
-    def __init__(self, step: int | None) -> None:
-        super().__init__(None)
-        self.step = step
-
-    def post(self, **event: object) -> None:
-        self.stop_requested = event.get("step", 0) == self.step
-
-
 def trained(case: Case, stop_at: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and history of a run, stopped and resumed when asked."""
     engine, encoding, norm = case
-    box = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(box)
     job = SpeJob(recipe=recipe(encoding, norm), engine=engine, checkpoint_every=4)
-    for step in [stop_at, None] if stop_at else [None]:
-        outcome = train(job, box[0], torch.device("cpu"), StopAt(step))
-    assert outcome.reason == "finished", outcome.message
-    found = checkpoints.Checkpoint(checkpoints.complete(Path(box[0]) / "checkpoints")[0])
-    tensors = {key: found.tensor(key) for key in found.index.tensors if key.startswith("model/")}
-    return tensors, read_history(box[0])
+    return run_stopped(job, stop_at)
 
 
 def each(*runs: tuple[Case, int | None]) -> list[tuple[dict[str, torch.Tensor], dict]]:

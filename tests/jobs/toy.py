@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from jobs.training import TrainingJob
+from jobs import checkpoint as checkpoints
+from jobs.board import Poster
+from jobs.history import read_history
+from jobs.training import TrainingJob, train
 from library.recipe import Recipe, Splits
 
 
@@ -114,6 +117,29 @@ def _collate(samples: list[tuple[Tensor, Tensor]], keys: Tensor) -> dict[str, Te
     x, y = (torch.stack(part) for part in zip(*samples, strict=True))
     noise = torch.stack([torch.randn(7, generator=torch.Generator().manual_seed(int(key))) for key in keys])
     return {"x": x + 0.01 * noise, "y": y, "weight": 1 + (x[:, 0] > 0).long()}
+
+
+class StopAt(Poster):
+    """Asks the loop to stop at a step."""
+
+    def __init__(self, step: int | None) -> None:
+        super().__init__(None)
+        self.step = step
+
+    def post(self, **event: object) -> None:
+        self.stop_requested = event.get("step", 0) == self.step
+
+
+def run_stopped(job: TrainingJob, stop_at: int | None) -> tuple[dict[str, Tensor], dict]:
+    """Weights and history of a worker's run, stopped and resumed when asked."""
+    box = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(box)
+    for step in [stop_at, None] if stop_at else [None]:
+        outcome = train(job, box[0], torch.device("cpu"), StopAt(step))
+    assert outcome.reason == "finished", outcome.message
+    found = checkpoints.Checkpoint(checkpoints.complete(Path(box[0]) / "checkpoints")[0])
+    tensors = {key: found.tensor(key) for key in found.index.tensors if key.startswith("model/")}
+    return tensors, read_history(box[0])
 
 
 def run_workers(workers: int, work: Callable[..., Any], *arguments: Any) -> Any:

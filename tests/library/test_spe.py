@@ -220,6 +220,7 @@ def test_derivatives_pass_through_batch_statistics(relu):
 
     inputs = [factor.clone().requires_grad_() for factor in factors] + rows
     assert torch.autograd.gradcheck(normalized, inputs)
+    assert torch.autograd.gradgradcheck(normalized, inputs)  # curvature of the loss
 
 
 def test_batch_norm_refuses_a_single_row():

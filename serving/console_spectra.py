@@ -54,7 +54,7 @@ def spectra_tab(endpoints: Endpoints) -> None:
             read = gr.CheckboxGroup(list(SPECTRA), value=list(SPECTRA), label="The network sees", elem_id="modalities")
         with gr.Column(scale=1, min_width=280):
             told = gr.Radio(list(TOLD), value="its formula", label="It is told", elem_id="told")
-            samples = gr.Slider(4, 64, 16, step=4, label="Molecules to draw", elem_id="samples")
+            samples = gr.Slider(4, 64, 16, step=4, label="Molecules to draw", elem_id="draws")
     button = gr.Button("Find it", variant="primary", elem_id="ask-spectra")
     answer = gr.HTML(waiting("Find it, and the spectra and candidates appear here."), elem_id="spectra")
 

@@ -29,6 +29,7 @@ COLOURS = 96  # of a screenshot, which keeps it small
 ACTIONS = {  # tab -> answers by their place, and the buttons that make them
     "Language": {"hallucination": "ask-hallucination", "score": "ask-score"},
     "Molecules": {"molecule": "ask-molecule"},
+    "Spectra": {"spectra": "ask-spectra"},
     "Weights": {"spectrum": "ask-spectrum"},
     "Images": {"classify": "ask-classify", "advise": "ask-advise"},
     "Corrosion": {"corrosion": "ask-corrosion"},

@@ -16,6 +16,7 @@ from selenium.webdriver.common.by import By
 
 from cluster.registry import register
 from library.artifact import Artifact
+from library.diffspectra.recipe import DiffSpectraRecipe
 from library.hawq.recipe import HawqRecipe
 from library.images.recipe import ClassifierRecipe
 from library.qrc.nowcast import Nowcast
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = "graph-encoding"
 INPUTS = ("temperature", "humidity", "rain", "wind")
 CLASSIFIER = ClassifierRecipe(steps=10, batch_size=64, train_images=1000, validation_fraction=0.03)
+DIFFSPECTRA = DiffSpectraRecipe(steps=1, batch_size=4, most_atoms=9, modality_dropout=0.3, condition_dropout=0.0)
 SPE = SpeRecipe(
     steps=2,
     batch_size=8,
@@ -60,6 +62,7 @@ def champions(send_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory)
         "hawq": fit(hawq, path=folder / "hawq", device="cpu"),
         "rqgnn": fit(RqgnnRecipe(steps=4, batch_size=256, hidden=16, depth=4), path=folder / "rqgnn"),
         "spe": fit(SPE, path=folder / "spe"),
+        "diffspectra": fit(DIFFSPECTRA, path=folder / "diffspectra"),
         "qrc": forecaster(folder / "qrc"),
     }
 
@@ -91,14 +94,16 @@ def url(champions, empty_registry, free_port, tmp_path_factory) -> Iterator[str]
         )
     line = f"open http://127.0.0.1:{free_port} in a browser"
     deadline = time.monotonic() + 400
-    while line not in log.read_text() and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.5)
     try:
-        assert line in log.read_text(), log.read_text()
+        while line not in log.read_text():
+            assert running.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
         yield f"http://127.0.0.1:{free_port}/"
-    finally:
         running.send_signal(signal.SIGINT)
         assert running.wait(120) == 130, log.read_text()
+    finally:
+        running.terminate()  # nothing where it has ended already
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +232,7 @@ def test_an_image_is_drawn(page):
     canvas = page.driver.find_element(By.CSS_SELECTOR, "#image canvas")
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     strokes = ActionChains(page.driver)
-    for height in (-60, 0, 60):
-        strokes.move_to_element_with_offset(canvas, -60, height).click_and_hold().move_by_offset(60, 5)
-        strokes.move_by_offset(60, 5).release()
+    strokes.move_to_element_with_offset(canvas, -60, -30).click_and_hold().move_by_offset(120, 60).release()
     strokes.perform()
     time.sleep(1)
     page.press("ask-classify")

@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +81,8 @@ class Serve(OnCluster):
     ingress: Ingress = "proxy"
     """Who takes requests in: proxy, Serve's own; haproxy, with more throughput, but replicas listen on all interfaces;
     fast, haproxy with Serve's throughput options. Ray must be started by this command."""
+    replicas: int = 1
+    """Processes that serve each endpoint: more answer more at once, and go on when one is lost."""
 
     def __call__(self) -> int:
         with self.deployed() as served:
@@ -106,8 +107,8 @@ class Serve(OnCluster):
             raise InputError(f"--artifact {wrong[0]}: give ENDPOINT=REFERENCE, such as hallucination=models:/send/1")
         artifacts = {name: reference for name, _, reference in pairs}
         names = list(dict.fromkeys([*self.endpoints, *artifacts])) if self.endpoints else None
-        where = {"host": self.host, "port": self.port, "address": self.address, "ingress": self.ingress}
-        with serve_endpoints(names, artifacts, **where) as served:
+        where = {"host": self.host, "port": self.port, "address": self.address}
+        with serve_endpoints(names, artifacts, **where, ingress=self.ingress, replicas=self.replicas) as served:
             terminate_like_interrupt()
             yield served
 
@@ -150,27 +151,6 @@ class Ask(Output):
         answer = ask(self.endpoint, None if self.data is None else json_object(self.data), self.url)
         print(json.dumps(answer) if self.json else readable(answer))
         return SUCCESS
-
-
-@dataclass(frozen=True)
-class ClusterLocal:
-    """Run a Ray cluster of several nodes on this machine until Ctrl-C."""
-
-    nodes: int = 2
-    """How many nodes, each with its own raylet and object store."""
-    cpus_per_node: int = 2
-    """Logical CPUs of each: Ray only schedules by them."""
-
-    def __call__(self) -> int:
-        from cluster.local import LocalCluster
-        from jobs.interrupts import counted_interrupts
-
-        with LocalCluster(self.nodes, self.cpus_per_node) as local, counted_interrupts() as interrupts:
-            print(f"{local.connection}", flush=True)
-            print(f"use it: prism run send --workers 2 --address {local.address}    stop: Ctrl-C", flush=True)
-            while not interrupts:
-                time.sleep(0.2)
-        raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -230,8 +210,12 @@ VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
     "registry push": registry_commands.RegistryPush,
     "registry promote": registry_commands.RegistryPromote,
     "registry rollback": registry_commands.RegistryRollback,
-    "cluster local": ClusterLocal,
+    "cluster local": cluster_commands.ClusterLocal,
+    "cluster up": cluster_commands.ClusterUp,
+    "cluster status": cluster_commands.ClusterStatus,
+    "cluster down": cluster_commands.ClusterDown,
     "cluster render": cluster_commands.ClusterRender,
+    "submit": cluster_commands.submit,
     "demo": Demo,
 }
 MISUNDERSTOOD = (InputError, ArtifactError)

@@ -77,6 +77,13 @@ class LocalCluster:
         return self._running().address
 
     @property
+    def dashboard(self) -> str:
+        """The address of the head's dashboard, to submit jobs to. Raises InputError when none was asked for."""
+        if not self._dashboard:
+            raise InputError("this cluster has no dashboard; start it with dashboard=True")
+        return f"http://{self._running().head_node.webui_url}"
+
+    @property
     def connection(self) -> Connection:
         """This process's connection, as it was when the cluster had started."""
         self._running()
@@ -89,6 +96,8 @@ class LocalCluster:
             "num_cpus": cpus or self._cpus,
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": self._dashboard,
+            # on one machine, a node that has no more use for a job's files would remove those of the others
+            "runtime_env_dir_name": f"runtime_resources_{len(self._started)}",
         }
         if not self._started:
             options["_system_config"] = DEATH_IS_NOTICED

@@ -8,7 +8,7 @@ ddp     4 (P + F)             4 P        4 k P
 fsdp    4 (P + F) / N         4 P / N    4 k P / N      b (outside blocks + 2 blocks) gathered, 4 (1 block) reduced
 zero1   b (P + F) + 4 P / N   b P        4 k P / N      two buckets
 zero2   b (P + F) + 4 P / N   b P / N    4 k P / N      two buckets
-zero3   b (P + F) / N + 4 P/N b P / N    4 k P / N      two buckets, at most LIVE weights gathered
+zero3   b (P + F) / N + 4 P/N b P / N    4 k P / N      one bucket, at most LIVE weights gathered
 
 A ring sends (N - 1) / N of a tensor to gather or to reduce it and twice that to all-reduce it; S is the number of
 micro-batches per step:
@@ -62,7 +62,7 @@ def memory(job: TrainingJob, found: Measured, engine: EngineName, workers: int, 
     else:
         if narrow < FP32:  # autocast's copies of the weights, which only ddp makes
             activations -= min(found.activations.fixed, narrow * found.parameters)
-        buckets = 2 * narrow * min(BUCKET[gpu], learning)
+        buckets = narrow * BUCKET[gpu] * (2 if gpu and engine != "zero3" else 1)  # two when they overlap with computing
         masters = FP32 * learning / workers
         weights, gradients, buffers = {
             "fsdp": (

@@ -62,7 +62,7 @@ def build(args: EndpointArgs) -> "Application":
     return _application(args)
 
 
-def _application(args: EndpointArgs, cpus: float = 1.0) -> "Application":
+def _application(args: EndpointArgs, replicas: int = 1, cpus: float = 1.0) -> "Application":
     from ray import serve
 
     from cluster.registry import resolve
@@ -75,6 +75,7 @@ def _application(args: EndpointArgs, cpus: float = 1.0) -> "Application":
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=endpoint.name,
+        num_replicas=replicas,
         max_ongoing_requests=args.max_pending + 16,  # health checks and refusals get through to a full replica
         max_queued_requests=4 * args.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
@@ -187,6 +188,7 @@ def serve_endpoints(
     port: int = 8000,
     address: str | None = None,
     ingress: Ingress = "proxy",
+    replicas: int = 1,
 ) -> Served:
     """Deploy endpoints on Ray Serve and return when all of them are ready.
 
@@ -194,7 +196,7 @@ def serve_endpoints(
     registry that can be served. `artifacts` gives an endpoint another artifact than its champion: a registry
     reference, a folder, a storage URI. `address` is that of `cluster.connect`. Clients need the token in PRISM_TOKEN
     when there is one. A Serve that runs in the cluster already is used when it has this host and port. `ingress` says
-    who takes the requests in, see `serving.ingress`.
+    who takes the requests in, see `serving.ingress`; `replicas` is how many processes serve each endpoint.
 
     Raises, before anything is deployed: InputError for an unknown endpoint, model or alias, ArtifactError for a bad
     artifact, InputError for a port in use, PrismError for a Ray that cannot be reached. When an endpoint does not
@@ -208,6 +210,8 @@ def serve_endpoints(
     from cluster import connect
     from cluster.registry import resolve
 
+    if replicas < 1:
+        raise InputError(f"{replicas} replicas: at least 1 is needed")
     chosen, left_out = _chosen(names, artifacts or {})
     for name, reference in chosen.items():
         resolve(reference, kind=ENDPOINTS[name].kind)
@@ -220,9 +224,10 @@ def serve_endpoints(
             connection.disconnect()
         raise
     served = Served(f"http://{_visible(host)}:{port}", chosen, left_out, connection, started_serve)
-    share = min(1.0, connection.cpus / len(chosen)) if connection.started else 1.0  # few cores serve many endpoints
+    wanted = replicas * len(chosen)
+    share = min(1.0, connection.cpus / wanted) if connection.started else 1.0  # few cores serve many endpoints
     try:
-        _deploy(chosen, cpus=share)
+        _deploy(chosen, replicas=replicas, cpus=share)
     except BaseException:
         served.stop()
         raise
@@ -310,12 +315,14 @@ def _socket(host: str) -> Iterator[socket.socket]:
         yield probe
 
 
-def _deploy(chosen: Mapping[str, str], *, cpus: float) -> None:
+def _deploy(chosen: Mapping[str, str], *, replicas: int, cpus: float) -> None:
     from ray import serve
 
     targets = [
         serve.RunTarget(
-            _application(EndpointArgs(endpoint=name, artifact=reference), cpus), name=name, route_prefix=f"/{name}"
+            _application(EndpointArgs(endpoint=name, artifact=reference), replicas, cpus),
+            name=name,
+            route_prefix=f"/{name}",
         )
         for name, reference in chosen.items()
     ]

@@ -1,6 +1,7 @@
 """Calling an endpoint that runs: what `prism ask` does."""
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from library.errors import InputError, PrismError
 from serving.app import named
 
 URL = "http://127.0.0.1:8000"
+RETRY_S = 20.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -26,6 +28,9 @@ def ask(
 ) -> dict[str, Any]:
     """The answer of a running endpoint to `payload`, None for its example. `token` defaults to PRISM_TOKEN.
 
+    A request that is lost on the way, refused because too many wait, or met by a server that is not ready is sent
+    again for up to RETRY_S seconds: predictions change nothing.
+
     Raises InputError for a payload that the endpoint refuses, naming the fields, and PrismError when nothing answers
     at the address, the endpoint is not served there, the token is not the right one, or the answer takes too long.
 
@@ -41,7 +46,7 @@ def ask(
     base = url.rstrip("/")
     try:
         with httpx.Client(timeout=timeout, headers=headers, trust_env=httpx.URL(base).host not in LOOPBACK) as client:
-            response = client.post(f"{base}/{endpoint}/predict", json=body)
+            response = _posted(client, f"{base}/{endpoint}/predict", body)
             served = _served(client, base) if response.status_code == 404 else []
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise InputError(f"{url} is not an address; use one like {URL}") from error
@@ -54,6 +59,32 @@ def ask(
     except (TypeError, ValueError) as error:
         raise InputError(f"the payload is not JSON: {error}") from error
     return _content(response, endpoint, url, served)
+
+
+def _posted(client: Any, url: str, body: Mapping[str, Any]) -> Any:
+    """The response to the body; one that says when to retry is the last that came in RETRY_S seconds."""
+    import httpx
+
+    deadline = time.monotonic() + RETRY_S
+    sent = False
+    while True:
+        try:
+            response = client.post(url, json=body)
+            if response.status_code not in (429, 503) or "retry-after" not in response.headers:
+                return response
+            if time.monotonic() > deadline:
+                return response
+            sent = True
+        except httpx.TimeoutException:
+            raise
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            if time.monotonic() > deadline:
+                raise
+            sent = True
+        except httpx.ConnectError:
+            if not sent or time.monotonic() > deadline:  # nobody was ever there
+                raise
+        time.sleep(0.5)
 
 
 def _content(response: Any, endpoint: str, url: str, served: list[str]) -> dict[str, Any]:

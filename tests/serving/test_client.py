@@ -107,3 +107,20 @@ def test_an_answer_that_does_not_come_is_not_waited_for(server):
     finally:
         held.set()
         Scripted._reply = original
+
+
+def test_a_request_that_may_be_retried_is_sent_again_for_a_while(server, monkeypatch):
+    scripts = [
+        (503, problem("lost"), {"Retry-After": "1"}),
+        (429, problem("64 wait"), {"Retry-After": "1"}),
+        (200, "{}"),
+    ]
+    reply = Scripted._reply
+    monkeypatch.setattr(Scripted, "_reply", lambda self, *_: reply(self, *scripts[min(len(server.seen), 3) - 1]))
+    server.script = (200, "{}")
+    assert ask("score", {"text": "a"}, server.url) == {}
+    assert len(server.seen) == 3
+    monkeypatch.setattr("serving.client.RETRY_S", 0.0)
+    scripts[:] = scripts[:1] * 3
+    with pytest.raises(PrismError, match="answered 503: lost"):
+        ask("score", {"text": "a"}, server.url)

@@ -21,6 +21,8 @@ HERE = "http://127.0.0.1:8265"
 DASHBOARD = "dashboard of a Ray cluster"
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 POLL_S = 0.5
+NO_AGENT = "No available agent"
+AGENT_S = 90.0  # that the head's agent may take to come up
 TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -63,11 +65,22 @@ class Jobs:
         with _clear_errors(f"cannot submit to {self.address}"):
             if name is not None and name in {job.submission_id for job in self._client.list_jobs()}:
                 raise InputError(f"--name {name}: there is a job of that name already")
-            return self._client.submit_job(
+            return self._submit(
                 entrypoint=entrypoint(command, shipped=folder is not None and (Path(folder) / "prism.py").is_file()),
                 runtime_env={**shipped, "env_vars": dict(environment or {})},
                 submission_id=name,
             )
+
+    def _submit(self, **job: Any) -> str:
+        """Submit to a cluster whose head may have started only now: its agent comes up after its dashboard."""
+        deadline = time.monotonic() + AGENT_S
+        while True:
+            try:
+                return self._client.submit_job(**job)
+            except RuntimeError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_S)
 
     def follow(self, name: str) -> Iterator[str]:
         """The job's log from its beginning, as it grows, until the job ends."""

@@ -93,9 +93,9 @@ def evaluate(batch: Batch, plan: Plan, seen: Mapping[int, Sequence[float]], feat
             batch.trials[i].errors[rung] = error
         batch.seconds[rung] = time.process_time() - began
         if rung < plan.whole:
-            spared = range(plan.spared if batch.number == 0 else 0)
-            limit = halved(errors.tolist(), seen.get(rung, ()), plan.reduction)
-            alive = [i for i, error in zip(alive, errors.tolist(), strict=True) if error <= limit or i in spared]
+            first = plan.spared if batch.number == 0 else 0
+            going = halved(errors.tolist(), seen.get(rung, ()), plan.reduction)
+            alive = [i for place, i in enumerate(alive) if place in going or i < first]
     if features_at is not None:
         from safetensors.torch import save
 
@@ -108,10 +108,16 @@ def evaluate(batch: Batch, plan: Plan, seen: Mapping[int, Sequence[float]], feat
     return batch
 
 
-def halved(errors: Sequence[float], seen: Sequence[float], reduction: int) -> float:
-    """The largest error with which one goes on: that of the best 1 / `reduction` of all, or the least of these."""
+def halved(errors: Sequence[float], seen: Sequence[float], reduction: int) -> set[int]:
+    """The places of those that go on: the best 1 / `reduction` of the batch that are so among all that were `seen` too.
+
+    The least error goes on in any case. Late batches are better than early ones, so that without a share of the batch
+    itself nearly all of a late one would go on.
+    """
     every = sorted([*seen, *errors])
-    return max(every[max(0, len(every) // reduction - 1)], min(errors))
+    limit = every[max(0, len(every) // reduction - 1)]
+    ranked = sorted(range(len(errors)), key=errors.__getitem__)[: max(1, len(errors) // reduction)]
+    return {ranked[0], *(place for place in ranked if errors[place] <= limit)}
 
 
 def measured(

@@ -149,6 +149,8 @@ class QrcSearch(Job, frozen=True, extra="forbid"):
             asked._stages(folder, report)
         except KeyboardInterrupt:
             place = f" --storage {self.storage}" if self.storage else ""
+            ended = Ledger(storage.join(folder, "pool")).trials
+            report.metrics = report.metrics or {"configurations": float(len(ended))}
             report.notes.append(f"interrupted; go on with: prism tune qrc --resume {_named(folder)}{place}")
         report.seconds = time.monotonic() - began
         if storage.is_local(folder):

@@ -25,8 +25,8 @@ class PoolRanges(BaseModel, frozen=True, extra="forbid"):
     """Fixed gates."""
     encoding: tuple[Literal["pair", "rx_anc"], ...] = Field(("pair", "rx_anc"), min_length=1)
     """How inputs rotate qubits."""
-    qubits: tuple[int, ...] = Field((3, 4, 5, 6), min_length=1)
-    """Qubits, 2 to 8. The time of a step grows eightfold with each; measured are 1 to all but one."""
+    qubits: tuple[int, ...] = Field((3, 4, 5), min_length=1)
+    """Qubits, 2 to 8; with each further one a step takes up to eight times as long. Measured are 1 to all but one."""
     sigma: tuple[float, float] = (0.03, 2.0)
     """Scale of the fixed angles, uniform in its logarithm; of no effect where its layer has no angles."""
     feedback: tuple[float, float] = (0.01, 3.0)

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from cluster.connection import ROOT
 from jobs import flags
 from jobs.qrc import QrcJob
-from jobs.qrc_evaluation import Plan, evaluate, hybrid
+from jobs.qrc_evaluation import Plan, evaluate, halved, hybrid
 from jobs.qrc_search import QrcSearch
 from jobs.qrc_trials import Batch, Evaluated, Ledger, draw
 from jobs.tuning import TuneJob, tune_job
@@ -81,6 +81,15 @@ def test_a_batch_is_halved_and_its_survivors_features_are_kept(tmp_path):
     assert set(kept) == {f"{ended[0]}.train", f"{ended[0]}.validation"}
     assert (kept[f"{ended[0]}.train"] - sides[0]).abs().max() < 1e-6
     assert done.trials[ended[0]].about.keys() >= {"tau", "memory_capacity", "mean_delay"}
+
+
+def test_who_goes_on_is_good_in_the_batch_and_among_all():
+    errors = [0.9, 0.2, 0.5, 0.4, 0.3, 0.8]
+    assert halved(errors, [], 3) == {1, 4}
+    assert halved(errors, [2.0] * 30, 3) == {1, 4}  # a batch that is better than all before does not go on as a whole
+    assert halved(errors, [0.25] * 30, 3) == {1}
+    assert halved(errors, [0.0] * 30, 3) == {1}
+    assert halved([0.7], [0.1], 3) == {0}
 
 
 def test_halving_over_seeds_averages_the_errors_of_fresh_circuits():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import prism
 from jobs import engines, plan_memory
 from jobs.hawq import ClassifierJob
 from jobs.plan import plan
@@ -258,3 +259,35 @@ def test_the_tables_name_the_suite_and_every_method_that_trains() -> None:
     settings = dict(papers())
     assert {one.job for one in settings.values()} == set(trainings())
     assert settings["diffspectra"].recipe.steps == 1_000_000
+
+
+def test_a_plan_as_json_and_as_a_table(capfd: pytest.CaptureFixture[str]) -> None:
+    line = "plan rqgnn --batch-size 64 --workers 2 --gpu t4"
+    assert prism.main([*line.split(), "--json"]) == 0
+    said = capfd.readouterr()
+    record = json.loads(said.out)
+    assert record["recommended"] == {"engine": "ddp", "micro_batch": 32}
+    assert (record["workers"], record["device"]["name"], record["measured_on"]) == (2, "t4", "data")
+    assert [one["engine"] for one in record["engines"]] == list(plan_memory.ENGINES)
+    assert record["hours"] == pytest.approx(record["step_seconds"] * 400 / 3600)
+    for word in ("activations", "copy for a checkpoint", "take --engine ddp", "assumed:"):
+        assert word in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("plan", "name a job, as in `prism plan send`; there are pythia, papers, send"),
+        ("plan sand", "there is no job 'sand'"),
+        ("plan farms", "farms has no training to plan; there are send"),
+        ("plan send --gpu h900", "--gpu h900: there is no data on it; there are t4"),
+        ("plan send --gpu", "--gpu: name the GPU, as in --gpu h100"),
+        ("plan send --steps 0", "--steps: should be greater than 0"),
+        ("plan send --efficiency 2", "--efficiency 2"),
+        ("plan pythia --workers 0", "--workers 0: at least 1"),
+    ],
+)
+def test_a_wrong_question_gets_one_line(line: str, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert prism.main(line.split()) == 2
+    [said] = capfd.readouterr().err.splitlines()
+    assert says in said

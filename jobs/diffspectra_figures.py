@@ -90,12 +90,12 @@ def shown_figure(shown: Mapping[str, Any]) -> "Figure":
 
 
 def _bars(axis: "Axes", bars: "pd.DataFrame") -> None:
-    names = {"auc": "functional groups, area", "composition": "composition right", "atoms": "number of atoms right"}
+    names = {"auc": "functional groups,\narea", "composition": "composition\nright", "atoms": "number of atoms\nright"}
     for place, spectra in enumerate(SPECTRA):
         own = bars[bars["spectra"] == spectra].iloc[0]
         x = [group + (place - 1.5) * 0.2 for group in range(len(names))]
         axis.bar(x, [own[name] for name in names], width=0.19, color=COLOURS[spectra], label=spectra)
-    axis.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names.values()], fontsize=8)
+    axis.set_xticks(range(len(names)), names.values(), fontsize=8)
     axis.set(ylim=(0, 1), ylabel="of test molecules, kernel ridge")
     axis.legend(frameon=False, fontsize=8, ncols=2)
     _plain(axis)
@@ -111,7 +111,7 @@ def _losses(axis: "Axes", arms: "pd.DataFrame") -> None:
             axis.hlines(values.mean(), x - step / 2.5, x + step / 2.5, color=COLOURS[arm], lw=2)
     axis.axhline(1, color="#cccccc", lw=0.8, zorder=0)
     axis.set_xticks(range(len(LOSSES)), LOSSES.values())
-    axis.set(yscale="log", ylabel="held-out loss, that with all spectra is 1")
+    axis.set(ylabel="held-out loss, that with all spectra is 1")
     axis.legend(frameon=False, fontsize=8, ncols=2)
     _plain(axis)
 

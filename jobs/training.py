@@ -335,11 +335,11 @@ class Feed:
                 f"batch_size {job.recipe.batch_size} is less than the {collective.world_size()} workers; "
                 "use fewer workers or a larger batch"
             )
-        self._share = shares[collective.rank()]
+        self._shares = shares
         self._parts = -(-longest // (job.micro_batch or longest))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._step = start
-        self._next: Future[Share] = self._pool.submit(self._make, start)
+        self._next: Future[tuple[Share, list[int]]] = self._pool.submit(self._make, start)
         self.indices: list[int] = []
 
     def __enter__(self) -> "Feed":
@@ -350,28 +350,26 @@ class Feed:
 
     def take(self) -> Share:
         """This worker's share of the next step, on its device."""
-        share = self._next.result()
-        self.indices = self._indices(self._step)
+        share, self.indices = self._next.result()
         self._step += 1
         if self._step < self._recipe.steps:
             self._next = self._pool.submit(self._make, self._step)
         return Share([to_device(batch, self._device) for batch in share.batches], share.units)
 
-    def _indices(self, step: int) -> list[int]:
-        batch = order.global_batch(self._recipe.seed, step, self._recipe.batch_size, len(self._splits.train))
-        return batch[self._share.start : self._share.stop].tolist()
-
-    def _make(self, step: int) -> Share:
+    def _make(self, step: int) -> tuple[Share, list[int]]:
         recipe, splits = self._recipe, self._splits
-        indices = self._indices(step)
-        keys = order.sample_keys(recipe.seed, step, recipe.batch_size)[self._share.start : self._share.stop]
+        batch = order.global_batch(recipe.seed, step, recipe.batch_size, len(splits.train))
+        costs = recipe.costs(splits.train, batch.tolist())
+        shares = self._shares if costs is None else order.balanced(costs, len(self._shares))
+        places = list(shares[collective.rank()])
+        indices, keys = batch[places].tolist(), order.sample_keys(recipe.seed, step, recipe.batch_size)[places]
         batches, units = [], []
         for part in order.split(len(indices), self._parts):
             chosen = list(part) or [0]  # a worker that has a sample less repeats one, with no weight
             batch = make_batch(splits, splits.train, [indices[i] for i in chosen], [keys[i] for i in chosen])
             batches.append(batch)
             units.append(recipe.count(batch) if part else 0)
-        return Share(batches, units)
+        return Share(batches, units), indices
 
 
 def _named(error: NonFiniteError, recipe: Recipe, step: int, indices: list[int]) -> str:

@@ -5,6 +5,7 @@ the global batch of step t (from 0) is the stretch [t B, (t + 1) B) of that endl
 """
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -35,3 +36,18 @@ def split(length: int, parts: int) -> list[range]:
     """`range(length)` cut into `parts` contiguous ranges whose sizes differ by at most one."""
     edges = [length * i // parts for i in range(parts + 1)]
     return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """The places of `costs` in `parts` lists of like sums, whose lengths differ by at most one; each list rises.
+
+    The costliest are dealt out first, forth and back over the parts. One part has all places.
+
+    >>> balanced([9, 1, 4, 6], 2)
+    [[0, 1], [2, 3]]
+    """
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    for turn, place in enumerate(sorted(range(len(costs)), key=lambda place: -costs[place])):
+        around, part = divmod(turn, parts)
+        dealt[parts - 1 - part if around % 2 else part].append(place)
+    return [sorted(part) for part in dealt]

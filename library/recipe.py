@@ -141,6 +141,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """Whether to stop early, asked after each evaluation with its metrics and the last ones of `after_step`."""
         return False
 
+    def costs(self, samples: Samples, indices: Sequence[int]) -> Sequence[float] | None:
+        """What each of these training samples costs to compute, in any unit: workers get shares of like sums.
+
+        None means that all cost the same. Nothing but the time depends on it.
+        """
+        return None
+
     def flops_per_unit(self, model: nn.Module) -> float | None:
         """Floating-point operations of forward and backward per unit of `count`, for the model's utilisation."""
         return None

@@ -43,7 +43,7 @@ class RelationalAttention(nn.Module):
         share = (scores.softmax(2) * mask[..., None]).to(nodes.dtype)
         message = self.value_gate(pairs).tanh().view(b, n, n, self.heads, -1)
         message = message * self.value(nodes).view(b, 1, n, self.heads, -1)
-        return torch.einsum("bijh,bijhc->bihc", share.to(message.dtype), message).reshape(b, n, width)
+        return (share.to(message.dtype)[..., None] * message).sum(2).reshape(b, n, width)  # many tiny products else
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ from library.artifact import Artifact, open_artifact
 from library.diffspectra.broadening import Augmentation, Broadening
 from library.diffspectra.clipping import adaptive_limit, remembered
 from library.diffspectra.conditioned import Conditioned
-from library.diffspectra.data import Collate, MoleculeData, Sample, load_molecules
+from library.diffspectra.data import Collate, MoleculeData, MoleculeSamples, Sample, load_molecules
 from library.diffspectra.denoiser import DenoiserSettings
 from library.diffspectra.lines import STEP
 from library.diffspectra.loss import loss_weight, terms
@@ -198,6 +198,10 @@ class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
         """The losses at fixed times and noise, of the averaged weights, with all spectra shown."""
         times = (torch.arange(self.validation_times, dtype=torch.float64) + 0.5) / self.validation_times
         return super().evaluate(model, (one for batch in batches for one in _at_times(batch, times)))
+
+    def costs(self, samples: MoleculeSamples, indices: Sequence[int]) -> list[float]:
+        """Pairs of atoms, which are what a step costs."""
+        return samples.sizes[list(indices)].double().square().tolist()
 
     def after_step(self, model: nn.Module, step: int) -> None:
         unwrap(model).follow(min(self.average, (1 + step) / (10 + step)))

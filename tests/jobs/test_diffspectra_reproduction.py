@@ -18,13 +18,6 @@ from library.diffspectra.study import ARMS, SPECTRA, TOLD, Study
 NAMES = ("valid", "stable", "formula", "constitution", "morgan_tanimoto", "best_morgan_tanimoto")
 RIGHT = {"paper_smiles": 0.6, "paper_inchikey": 0.8, "constitution": 1.0, "stereo": 1.0}
 RIGHT |= {"rmsd_released": 1.4, "rmsd": 0.0}
-    "paper_smiles": 0.6,
-    "paper_inchikey": 0.8,
-    "constitution": 1.0,
-    "stereo": 1.0,
-    "rmsd_released": 1.4,
-    "rmsd": 0,
-}
 
 
 def arms(**better: float) -> pd.DataFrame:

@@ -1,0 +1,270 @@
+"""Time the endpoints against their models called directly and against plain FastAPI servers, on loopback, in one run.
+
+Each endpoint serves a small model (`serving.trial`), so that the way to the model counts and not the model. Peers:
+
+direct    the model called in this process, in batches of 32 requests: no server, no JSON
+plain     FastAPI and uvicorn around the same endpoint, a function per request: what a user would write in ten lines
+
+Goals: requests that hold many items reach 0.8 of direct; 32 clients with small requests get 1.5 times the answers of
+plain; one client waits less than 8 ms longer than the model takes. Every number is of this machine in this run.
+
+    python benchmarks/serving.py [--endpoints NAME ...] [--seconds S] [--ingress proxy|haproxy|fast] [--out FILE.json]
+"""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this file's name would hide the package of that name
+
+from library.artifact import open_artifact  # noqa: E402
+from library.errors import PrismError  # noqa: E402
+from serving.app import ENDPOINTS, serve_endpoints  # noqa: E402
+from serving.endpoint import NPY, Endpoint  # noqa: E402
+from serving.payloads import JSON, read  # noqa: E402
+from serving.rqgnn import ASPIRIN  # noqa: E402
+from serving.trial import trial_artifacts  # noqa: E402
+
+CLIENTS = (1, 8, 32)
+TOGETHER = 32  # requests in a direct call
+GOALS = {"direct": 0.8, "plain": 1.5, "added ms": 8.0}
+DEFAULT = ("score", "classify", "graph-anomaly")
+MANY: dict[str, dict[str, Any]] = {  # requests of many items, where the first example has one
+    "hallucination": {"prompts": ["The capital of France is"] * 8, "samples": 4},
+    "score": {"texts": ["The river Thames flows through London."] * 64},
+    "corrosion": {},
+    "graph-anomaly": {"graphs": [ASPIRIN] * 64},
+    "graph-property": {"graphs": [{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}] * 32},
+    "graph-encoding": {"graphs": [{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}] * 32},
+}
+
+
+class Body(NamedTuple):
+    """A request as bytes, and as the endpoint reads it."""
+
+    content: bytes
+    kind: str
+    request: Any
+
+
+class Timing(NamedTuple):
+    """Of one number of clients."""
+
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+
+
+def bodies(endpoint: type[Endpoint]) -> tuple[Body, Body]:
+    """A small request, and one of many items."""
+    example = next(iter(endpoint.examples.values()))
+    small = json.dumps(example).encode()
+    if endpoint.name in ("classify", "spectrum"):
+        file = io.BytesIO()
+        noise = np.random.default_rng(0)
+        np.save(
+            file,
+            noise.integers(0, 256, (256, 28, 28), np.uint8)
+            if endpoint.name == "classify"
+            else noise.standard_normal((512, 256), np.float32),
+        )
+        many, kind = file.getvalue(), NPY
+    else:
+        wanted = MANY.get(endpoint.name, example)
+        many = json.dumps(wanted or example | {"series": example["series"] * 32}).encode()
+        kind = JSON
+    return Body(small, JSON, read(endpoint, JSON, {}, small)), Body(many, kind, read(endpoint, kind, {}, many))
+
+
+def direct(model: Endpoint, body: Body, seconds: float, together: int) -> Timing:
+    """Requests per second of the model itself, and how long one call of it takes."""
+    requests = [read(type(model), body.kind, {}, body.content) for _ in range(together)]
+    model.answer(requests)
+    calls = []
+    end = time.perf_counter() + seconds
+    while not calls or time.perf_counter() < end:
+        began = time.perf_counter()
+        model.answer(requests)
+        calls.append(time.perf_counter() - began)
+    return Timing(together * len(calls) / sum(calls), *_quantiles(calls))
+
+
+async def clients(url: str, body: Body, count: int, seconds: float) -> Timing:
+    """What `count` clients get that each ask again as soon as they have their answer."""
+    host, _, rest = url.removeprefix("http://").partition(":")
+    port, _, path = rest.partition("/")
+    lines = (
+        f"POST /{path} HTTP/1.1",
+        f"Host: {host}",
+        f"Content-Type: {body.kind}",
+        f"Content-Length: {len(body.content)}",
+    )
+    sent = "".join(f"{line}\r\n" for line in (*lines, "")).encode() + body.content
+    times: list[float] = []
+
+    async def client(end: float, kept: list[float]) -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            writer.write(sent)
+            await writer.drain()
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(answer.partition(b"content-length:")[2].partition(b"\r\n")[0])
+            content = await reader.readexactly(length)
+            if not answer.startswith(b"http/1.1 200"):
+                raise PrismError(f"{url} answered {answer[:20].decode()}: {content[:200].decode()}")
+            kept.append(time.perf_counter() - began)
+        writer.close()
+
+    await asyncio.gather(*(client(time.perf_counter() + seconds / 3, []) for _ in range(count)))  # warms up
+    began = time.perf_counter()
+    await asyncio.gather(*(client(began + seconds, times) for _ in range(count)))
+    return Timing(len(times) / (time.perf_counter() - began), *_quantiles(times))
+
+
+def _quantiles(times: list[float]) -> tuple[float, float]:
+    return 1000 * statistics.median(times), 1000 * float(np.quantile(times, 0.99))
+
+
+def plain_server(name: str, folder: str, port: int) -> None:
+    """The peer: FastAPI around the same model, one request at a time per thread of its pool."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    torch.set_num_threads(1)
+    kind = ENDPOINTS[name]
+    model = kind.load(open_artifact(folder), "cpu")
+    app = FastAPI()
+
+    @app.post(f"/{name}/predict")
+    def predict(body: kind.Request) -> kind.Response:
+        return model.answer([body])[0]
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="critical", access_log=False)
+
+
+@contextlib.contextmanager
+def plain(name: str, folder: str) -> Iterator[str]:
+    """The address of the peer, in a process of its own."""
+    port = _free_port()
+    process = subprocess.Popen([sys.executable, __file__, "--plain", name, folder, str(port)])
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise PrismError(f"the plain server of {name} does not start")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/{name}/predict"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def measure(name: str, folder: str, url: str, seconds: float) -> dict[str, Any]:
+    """All timings of one endpoint, and its three ratios."""
+    kind = ENDPOINTS[name]
+    model = kind.load(open_artifact(folder), "cpu")
+    small, many = bodies(kind)
+    alone, batch = direct(model, small, seconds / 2, 1), direct(model, many, seconds / 2, 4)
+    found: dict[str, Any] = {
+        "direct 1": alone,
+        "direct many": batch,
+        "direct 32": direct(model, small, seconds / 2, TOGETHER),
+    }
+    for count in CLIENTS:
+        found[f"prism {count}"] = asyncio.run(clients(url, small, count, seconds))
+    found["prism many"] = asyncio.run(clients(url, many, 8, seconds))
+    with plain(name, folder) as peer:
+        for count in CLIENTS:
+            found[f"plain {count}"] = asyncio.run(clients(peer, small, count, seconds))
+    ratios = {
+        "direct": found["prism many"].per_second / batch.per_second,
+        "plain": found["prism 32"].per_second / found["plain 32"].per_second,
+        "added ms": found["prism 1"].p50_ms - alone.p50_ms,
+    }
+    return {"timings": {key: timing._asdict() for key, timing in found.items()}, "ratios": ratios}
+
+
+def shown(results: dict[str, Any]) -> Table:
+    """One row for each endpoint and way."""
+    table = Table("endpoint", "way", "1: p50 / p99 ms", "8", "32: p50 / p99 ms", "answers/s at 1, 8, 32", "ratios")
+    for name, found in results.items():
+        timings, ratios = found["timings"], found["ratios"]
+        for way in ("prism", "plain"):
+            at = [timings[f"{way} {count}"] for count in CLIENTS]
+            spans = [f"{one['p50_ms']:.1f} / {one['p99_ms']:.1f}" for one in at]
+            rates = ", ".join(f"{one['per_second']:.0f}" for one in at)
+            said = ""
+            if way == "prism":
+                said = (
+                    f"many items {ratios['direct']:.2f} of direct (goal {GOALS['direct']}); "
+                    f"{ratios['plain']:.2f} of plain at 32 (goal {GOALS['plain']}); "
+                    f"+{ratios['added ms']:.1f} ms alone (goal < {GOALS['added ms']:g})"
+                )
+            table.add_row(name, way, *spans, rates, said)
+        table.add_row(
+            name,
+            "direct",
+            f"{timings['direct 1']['p50_ms']:.1f}",
+            "",
+            "",
+            f"{timings['direct 32']['per_second']:.0f} in batches",
+        )
+    return table
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--endpoints", nargs="+", default=list(DEFAULT), choices=sorted(ENDPOINTS))
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
+    parser.add_argument("--ingress", default="proxy", choices=["proxy", "haproxy", "fast"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.plain:
+        plain_server(flags.plain[0], flags.plain[1], int(flags.plain[2]))
+        return
+    torch.set_num_threads(1)
+    console = Console(width=150)
+    with tempfile.TemporaryDirectory() as folder:
+        artifacts = trial_artifacts(flags.endpoints, Path(folder))
+        with serve_endpoints(artifacts=artifacts, port=_free_port(), ingress=flags.ingress) as served:
+            results = {
+                name: measure(name, artifacts[name], f"{served.url}/{name}/predict", flags.seconds)
+                for name in flags.endpoints
+            }
+    console.print(shown(results))
+    if flags.out:
+        record = {"machine": platform.machine(), "ingress": flags.ingress, "goals": GOALS, "endpoints": results}
+        flags.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

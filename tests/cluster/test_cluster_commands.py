@@ -1,23 +1,161 @@
-"""`prism submit` and `prism cluster render` as commands: what they write and refuse, and what the document says."""
+"""`prism cluster local`, `prism submit` and `prism cluster render` for real: jobs, their logs and exit statuses."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import prism
 from cluster import render
-from cluster.submit import entrypoint, environment
+from cluster.submit import Jobs, entrypoint, environment
 from jobs import flags, job_class
 from jobs.cluster_commands import SubmitOptions
 from jobs.commands import RunOptions
 from jobs.plan_command import PAPERS, SUITE, trainings
-from library.errors import InputError
+from library.errors import InputError, PrismError
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = shlex.split(
+    "prism run send --corpus truthfulqa --tokenizer bytes --lm pythia-tiny --steps 4 --epoch-steps 2 --window 2 "
+    "--batch-size 4 --context 24 --tracking-texts 4 --prompts 0 --calibration-cases 0 --workers 2 --name sent"
+)
+
+
+class Local:
+    """A running `prism cluster local --nodes 3`, its dashboard, and a folder for what its jobs leave."""
+
+    def __init__(self, process: subprocess.Popen[str], home: Path, said: str) -> None:
+        self.process, self.home, self.said = process, home, said
+        self.address = re.search(r"joined Ray at (\S+):", said)[1]
+        self.dashboard = re.search(r"--address (http://\S+)", said)[1]
+
+    def submit(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """`prism submit` in a process of its own."""
+        command = [sys.executable, "-m", "prism", "submit", "--address", self.dashboard, *args]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def local(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    shared_ray.stop()
+    home = tmp_path_factory.mktemp("home")
+    settings = os.environ | {"PRISM_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        settings.pop(name, None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prism", "cluster", "local", "--nodes", "3", "--cpus-per-node", "1"],
+        cwd=ROOT,
+        env=settings,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("stop:"):
+                break
+        yield Local(process, home, "".join(lines))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_it_says_what_there_is_and_how_to_use_it(local: Local) -> None:
+    assert local.said.startswith("joined Ray at ")
+    assert "3 nodes, 3 CPUs" in local.said
+    for way in ("prism run send --workers 2 --address ", "prism submit --address ", "ray start --address "):
+        assert way in local.said
+
+
+def test_a_submitted_training_runs_on_several_nodes_and_leaves_its_artifact(local: Local) -> None:
+    done = local.submit("--name", "train", "--json", "--", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout) == {"job": "train", "status": "SUCCEEDED", "exit_status": 0}
+    assert "registered models:/send/1" in done.stderr
+    assert (local.home / "runs" / "sent" / "artifact" / "artifact.json").is_file()
+
+
+def test_the_exit_status_and_the_log_are_the_commands_own(local: Local) -> None:
+    refused = local.submit("--", "prism", "run", "sand")
+    assert refused.returncode == 2
+    assert "prism: there is no job 'sand'" in refused.stdout
+    assert refused.stderr.splitlines()[-1].endswith(
+        "FAILED, exit status 2: Job entrypoint command failed with exit code 2"
+    )
+
+
+def test_a_folder_and_variables_go_along_and_a_job_is_stopped(local: Local, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os, time\nprint('hello', os.environ['WHOM'], flush=True)\ntime.sleep(600)\n"
+    )
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "left.txt").write_text("not sent")
+    listing = "python -c \"import os; print(sorted(os.listdir('.')))\""
+    seen = local.submit("--working-dir", str(tmp_path), "--", "sh", "-c", listing)
+    assert "['script.py']" in seen.stdout
+    started = local.submit(
+        *(
+            "--working-dir",
+            str(tmp_path),
+            "--env",
+            "WHOM=you",
+            "--name",
+            "slow",
+            "--detach",
+            "--",
+            "python",
+            "script.py",
+        )
+    )
+    assert (started.returncode, started.stdout) == (0, "slow\n")
+    again = local.submit("--name", "slow", "--", "true")
+    assert again.returncode == 2
+    assert "there is a job of that name already" in again.stderr
+    jobs = Jobs(local.dashboard)
+    log = jobs.follow("slow")
+    assert "hello you" in next(text for text in log if "hello" in text)
+    assert local.submit("--stop", "slow").returncode == 0
+    assert "".join(log) == ""
+    assert jobs.ended("slow") == "STOPPED"
+    assert not jobs.stop("slow")
+    followed = local.submit("--follow", "slow")
+    assert followed.returncode == 130
+    assert "hello you" in followed.stdout
+
+
+def test_what_is_not_there_is_said_in_one_line(local: Local) -> None:
+    for args, says in (
+        (["--follow", "nobody"], "there is no job 'nobody'"),
+        (["--working-dir", "nowhere", "--", "true"], "--working-dir nowhere: there is no such folder"),
+    ):
+        wrong = local.submit(*args)
+        assert wrong.returncode == 2
+        assert wrong.stderr.count("\n") == 1
+        assert says in wrong.stderr
+
+
+def test_ctrl_c_leaves_nothing_running(local: Local) -> None:
+    """The last test of the cluster: it is stopped here."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if local.address in _command(path)]
+    local.process.send_signal(signal.SIGINT)
+    assert local.process.wait(60) == 130
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    with pytest.raises(PrismError, match="no dashboard"):
+        Jobs(local.dashboard)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +238,10 @@ def test_the_document_names_files_that_there_are() -> None:
     places = re.findall(r"`((?:cluster|serving)/[\w./]+)`", text)
     assert places
     assert all((ROOT / place).exists() for place in places)
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""

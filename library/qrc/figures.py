@@ -136,12 +136,13 @@ def draw_lasting(axis: "Axes", spectra: Sequence[Spectrum], labels: Sequence[str
             color=colour,
         )
     axis.set_xscale("log")
-    axis.set_xlim(0.15, 3.5 * longest)
+    axis.set_xlim(0.15, max(30.0, 3.5 * longest))
     axis.set_ylim(len(spectra) - 0.5, -0.5)
     axis.set_yticks(range(len(spectra)), labels, fontsize=9)
     for tick, colour in zip(axis.get_yticklabels(), _colours(), strict=False):
         tick.set_color(colour)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("a mode falls to 1/e within (steps)", fontsize=9)
     axis.set_title("How long each reservoir remembers", loc="left", fontsize=10)
     _bare(axis)

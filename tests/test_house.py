@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 import prism
 from jobs import JOBS, METHODS, SEARCHES, flags, job_class
 from jobs.commands import RunOptions
+from jobs.plan_command import trainings
 from jobs.reproduce import REPRODUCTIONS, reproduction_class
 from jobs.spaces import SPACES
 from jobs.tuning import tune_job
@@ -182,6 +183,8 @@ def test_the_commands_of_the_readme_exist(command: str) -> None:
         parsed = flags.parse(prism.VERBS[verb], rest, prog="prism")
         asked = {getattr(parsed, "endpoint", None), *getattr(parsed, "endpoints", ())} - {None}
         assert asked <= ENDPOINTS.keys()
+    elif verb == "plan":
+        assert rest[0] in trainings()
     elif rest and not rest[0].startswith("-"):
         name = next(iter(REPRODUCTIONS)) if rest[0] == "all" else rest[0]
         flags.parse_job(FLAGGED[f"{verb} {name}"](), RunOptions, rest[1:], prog="prism")

@@ -1,16 +1,17 @@
 """SPE on Ray Train: two workers give what one gives, with any engine and norm; runs resume, register, are searched."""
 
 import json
+import os
 from typing import Any
 
 import pytest
 import torch
 
-from jobs.spe import SpeJob
+from jobs.spe import SpeJob, tested
 from jobs.tuning import tune_job
 from library import collective
 from library.artifact import open_artifact
-from library.recipe import make_batch, seeded_model
+from library.recipe import fit, make_batch, seeded_model
 from library.spe.predictor import GraphPredictor
 from library.spe.recipe import SpeRecipe
 from library.spe.settings import Backbone, Encoding
@@ -98,10 +99,20 @@ def test_a_run_on_ray_registers_what_predicts(ray_cluster, ready_registry, tmp_p
     assert report.registered == "models:/spe/1"
     artifact = open_artifact(report.artifact, kind="spe")
     assert artifact.metrics["mae"] == pytest.approx(report.metrics["validation_mae"])
+    found = tested(report.artifact, job.recipe, os.getcwd())
+    assert found.keys() >= {"test_mae", "test_error"}
+    assert {name: report.metrics[name] for name in found} == pytest.approx(found)
     predictor = GraphPredictor.from_artifact(artifact)
     [answer] = predictor.answer([predictor.molecule("CC(=O)Nc1ccccc1")])
     assert answer.values.isfinite().all()
     assert answer.encodings.shape == (10, 4)
+
+
+def test_other_scaffolds_are_measured_apart(tmp_path):
+    made = recipe({}, steps=1).model_copy(update={"data": "hiv-scaffold"})
+    found = tested(str(fit(made, path=tmp_path / "artifact").path), made, os.getcwd())
+    assert 0 <= found["ood_test_auroc"] <= 1
+    assert found["ood_test_auroc"] != found["test_auroc"]
 
 
 @pytest.mark.ray

@@ -115,8 +115,11 @@ class DiffusionModel(nn.Module):
         self.schedule, self.size_groups = schedule, size_groups
 
     def forward(self, batch: DiffusionBatch) -> Denoised:
-        """Denoise a batch: the spectra are read once, whatever the number of passes; molecules go by groups of size."""
-        network = self.network if self.training else self.average
+        """Denoise a batch: the spectra are read once, whatever the number of passes; molecules go by groups of size.
+
+        In evaluation without gradients by the average; with them, as where curvature is measured, by what learns.
+        """
+        network = self.network if self.training or torch.is_grad_enabled() else self.average
         noisy = diffuse(batch.clean, batch.noise, batch.times, self.schedule)
         level = self.schedule.noise_level(batch.times).to(noisy.nodes)
         shown = batch.present if network.encoder.settings.absent else None

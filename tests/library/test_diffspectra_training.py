@@ -157,6 +157,17 @@ def test_averages_follow_with_a_warm_up_and_answer_in_evaluation():
         assert torch.equal(model(batch).predicted.nodes, answer)
 
 
+def test_curvature_in_evaluation_is_of_the_weights_that_learn():
+    recipe = DiffSpectraRecipe(steps=1, **SMALL)
+    model, batch = seeded_model(recipe).eval(), first_batch(recipe)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    first = torch.autograd.grad(recipe.losses(model, batch)["loss"], weights, create_graph=True)
+    along = [torch.randn(g.shape, generator=torch.Generator().manual_seed(0)) for g in first]
+    product = torch.autograd.grad(sum((g * v).sum() for g, v in zip(first, along, strict=True)), weights)
+    assert all(part.isfinite().all() for part in product)
+    assert sum(part.square().sum() for part in product) > 0
+
+
 def test_the_gradient_limit_follows_the_last_fifty_norms():
     norms: tuple[float, ...] = ()
     for _ in range(49):

@@ -25,6 +25,7 @@ from jobs.commands import (
     SUCCESS,
     OnCluster,
     Output,
+    interruptible,
     readable,
     rows,
     tell,
@@ -79,7 +80,7 @@ class Serve(OnCluster):
     port: int = 8000
     """Port to listen on."""
     ingress: Ingress = "proxy"
-    """Who takes requests in: proxy, Serve's own; haproxy, with more throughput, but replicas listen on all interfaces;
+    """Who takes requests in: proxy, Serve's own; haproxy, compiled, but replicas listen on all interfaces;
     fast, haproxy with Serve's throughput options. Ray must be started by this command."""
     replicas: int = 1
     """Processes that serve each endpoint: more answer more at once, and go on when one is lost."""
@@ -223,9 +224,13 @@ MISUNDERSTOOD = (InputError, ArtifactError)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    before = terminate_like_interrupt()
+    with interruptible() as heard:
+        return _main(list(sys.argv[1:] if args is None else args), heard)
+
+
+def _main(args: list[str], heard: list[int]) -> int:
     try:
-        return _dispatch(list(sys.argv[1:] if args is None else args))
+        return _dispatch(args)
     except SystemExit as stop:
         if stop.code == signal.SIGTERM:  # Ray puts a handler of its own in our handler's place
             tell("interrupted")
@@ -236,19 +241,19 @@ def main(args: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except PrismError as error:
         tell(" ".join(str(error).split()))
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if heard or isinstance(error.__context__, KeyboardInterrupt):
             return INTERRUPTED
         return BAD_INPUT if isinstance(error, MISUNDERSTOOD) else FAILED
     except BrokenPipeError:
         sys.stdout = None  # whoever read the output has gone; nothing is left to flush
         return FAILED
     except Exception as error:
+        if heard:  # and what was cut off by it is broken
+            tell("interrupted")
+            return INTERRUPTED
         first = " ".join(traceback.format_exception_only(error)[-1].split())
         tell(f"unexpected {first}; the traceback is in {_keep_traceback()}")
         return FAILED
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(args: list[str]) -> int:

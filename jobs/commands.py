@@ -117,14 +117,37 @@ def reproduce(args: Sequence[str]) -> int:
     return SUCCESS
 
 
-def terminate_like_interrupt() -> Any:
-    """Let SIGTERM end a command as cleanly as Ctrl-C; returns the handler before, None outside the main thread.
+HEARD: list[int] = []  # signals since the command began: an import that they cut off may swallow the exception
+
+
+def terminate_like_interrupt() -> None:
+    """Let SIGTERM end a command as cleanly as Ctrl-C; outside the main thread nothing is changed.
 
     Starting or joining Ray installs a handler that aborts the process, so this is called again after it.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, in the background
+            signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    HEARD.append(number)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Inside the block SIGINT and SIGTERM raise KeyboardInterrupt, and are kept in the list that it gives."""
+    HEARD.clear()
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    terminate_like_interrupt()
+    try:
+        yield HEARD
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for kind, handler in before.items():
+                signal.signal(kind, signal.SIG_DFL if handler is None else handler)
 
 
 def tell(text: str) -> None:

@@ -2,7 +2,7 @@
 
 proxy       one Python process on each node; nothing but its port is open
 haproxy     Ray's HAProxy, compiled code on each node; replicas listen on ports of their own, on all interfaces of their
-            node, where tokens are asked for as well. Several times the throughput of short requests
+            node, where tokens are asked for as well; `benchmarks/serving.py --ingress haproxy` measures it
 fast        haproxy with Serve's throughput options: no thread apart for our code in a replica, logs in blocks
 
 Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_THROUGHPUT_OPTIMIZED on

@@ -1,6 +1,7 @@
 """What every test may rely on: its own registry, one BLAS thread, and Ray when it asks for it."""
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,12 @@ class WithRayApart(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WithRayApart:
     """The scheduler of `pytest -n 2`."""
     return WithRayApart(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let what tests start hear SIGINT, even where the tests themselves were started in the background, deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class SharedRay:

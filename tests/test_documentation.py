@@ -99,13 +99,6 @@ def test_the_faults_that_are_promised_are_tested() -> None:
     assert not [file for file in files if not (ROOT / "tests" / file).exists()]
 
 
-def test_every_benchmark_is_on_the_page() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text()
-    files = (ROOT / "benchmarks").glob("[!_]*.py")
-    names = [file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()]
-    assert not [name for name in names if f"\n## {name}\n" not in page]
-
-
 def test_the_guides_method_passes_its_own_tests_and_the_style(built: Copy) -> None:
     for check in (("pytest", "-q", "tests/library/test_texture.py"), ("doctest", "library/texture/recipe.py")):
         done = built.python(*check)

@@ -102,7 +102,7 @@ def test_narrow_arithmetic_and_recomputing_keep_less() -> None:
 
 
 WATCHED = """
-import json, os, resource, sys, torch
+import json, os, sys, torch
 from jobs.send import SendJob
 from library.recipe import seeded_model
 from library.send.recipe import SendRecipe
@@ -120,7 +120,8 @@ for _ in range(2):
     optimizer.step()
     for p in model.parameters():
         p.grad.zero_()  # as the buckets of DDP, which stay
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))  # getrusage has the parent's
+print(json.dumps(int(peak.split()[1]) * 1024 - base))
 """
 
 
@@ -217,7 +218,7 @@ def test_the_largest_micro_batch_that_fits_is_taken_and_the_simplest_engine() ->
     assert (made.best.engine, made.best.micro_batch, made.best.passes) == ("ddp", 2, 2)
     assert made.best.computing == pytest.approx(4 * 1e9 / (0.4 * 1e12))
     assert made.hours == pytest.approx(TINY.steps * made.best.seconds / 3600)
-    slow = plan(job(2, precision="bf16"), small(1, inside=1e6), found=measured())
+    slow = plan(job(2, precision="bf16"), small(4, inside=1e6), found=measured())  # room for DeepSpeed's buckets
     assert slow.best.engine == "zero1"  # half the bytes of ddp's gradients
     assert slow.best.seconds == slow.best.sending > slow.best.computing
 

@@ -296,7 +296,8 @@ def test_serve_stays_until_terminated_and_ask_gets_its_answer(trained: tuple[Pat
     port = str(prism.free_port())
     with started(home, "serve", "score", "--port", port, "--json") as server:
         served = json.loads(server.stdout.readline())
-        assert served == {"url": f"http://127.0.0.1:{port}", "endpoints": {"score": "models:/send@champion"}}
+        url = f"http://127.0.0.1:{port}"
+        assert served == {"url": url, "endpoints": {"score": "models:/send@champion"}, "left_out": {}}
         asked = run_prism("ask", "score", "--data", '{"text": "Rivers run to the sea."}', "--url", served["url"])
         assert asked.status == 0, asked.err
         assert json.loads(asked.out)["results"][0]["perplexity"] > 1

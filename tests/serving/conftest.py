@@ -8,35 +8,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 import uvicorn
 
-from library.artifact import Artifact, write_artifact
-from library.recipe import fit
-from library.send.detection import Calibration, DetectionSettings
-from library.send.recipe import SendRecipe
-
-RECIPE = SendRecipe(
-    corpus="truthfulqa",
-    tokenizer="bytes",
-    context=32,
-    batch_size=8,
-    steps=8,
-    epoch_steps=4,
-    window=2,
-    tracking_texts=6,
-    prompts=0,
-    answers=DetectionSettings(samples=4, max_new_tokens=6, temperature=1.0),
-)
+from library.artifact import Artifact, open_artifact, write_artifact
+from serving.trial import trial_artifacts
 
 
 @pytest.fixture(scope="session")
 def send_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A model trained for 8 steps, whose risk rises from 0 at a score of -5 to 1 at 5."""
-    folder = tmp_path_factory.mktemp("send")
-    trained = fit(RECIPE, path=folder / "trained")
-    knots = Calibration(torch.tensor([-5.0, 5.0]).double(), torch.tensor([0.0, 1.0]).double())
-    return _rewritten(trained, folder / "calibrated", arrays=knots.arrays())
+    found = trial_artifacts(["hallucination"], tmp_path_factory.mktemp("send"))
+    return open_artifact(found["hallucination"])
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from library.errors import ArtifactError, InputError, PrismError
 from serving.corrosion import Corrosion
 from serving.endpoint import Endpoint
 from serving.hawq import Advise, Classify
-from serving.ingress import Ingress, prepare
+from serving.ingress import ENVIRONMENT, Ingress, prepare
 from serving.molecule import MoleculeSearch
 from serving.rqgnn import GraphAnomaly
 from serving.send import Hallucination, Score
@@ -292,7 +292,11 @@ def _start_serve(host: str, port: int, *, remote: bool) -> bool:
         return False
     if not remote:
         _check_port(host, port)
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": 120.0}, proxy_location="EveryNode")
+    serve.start(
+        http_options={"host": host, "port": port, "request_timeout_s": 120.0},
+        proxy_location="EveryNode",
+        controller_options={"runtime_env": {"env_vars": ENVIRONMENT}},
+    )
     return True
 
 

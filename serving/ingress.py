@@ -22,6 +22,11 @@ VARIABLES: dict[Ingress, dict[str, str]] = {
     "fast": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
 }
 
+ENVIRONMENT = {  # of Serve's controller, and so of its proxies
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.shield:middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that fails three looks in a row is replaced
+}
+
 
 def prepare(ingress: Ingress, address: str | None) -> None:
     """Set the environment of the Ray that will be started here.

@@ -17,6 +17,7 @@ from cluster.registry import register
 from library.errors import PrismError
 from serving.app import ENDPOINTS, build
 from serving.client import ask
+from serving.ingress import ENVIRONMENT
 from serving.settings import EndpointArgs
 
 TOKEN = "correct-horse"
@@ -29,6 +30,7 @@ def read() -> dict:
 def test_every_endpoint_is_in_it_with_its_champion_on_this_machine_alone():
     config = ServeDeploySchema.model_validate(read())
     assert config.http_options.host == "127.0.0.1"
+    assert config.controller_options.runtime_env == {"env_vars": ENVIRONMENT}
     assert [application.name for application in config.applications] == list(ENDPOINTS)
     for application in config.applications:
         args = EndpointArgs.model_validate(application.args)
@@ -59,7 +61,7 @@ def url(shared_ray, send_artifact, empty_registry, free_port, tmp_path_factory) 
     for application in config["applications"]:
         application["runtime_env"] = {"env_vars": {"PRISM_HOME": str(home)}}
         application["args"] |= {"token_file": str(home / "token"), **changes[application["name"]]}
-    serve.start(http_options=config["http_options"])
+    serve.start(http_options=config["http_options"], controller_options=config["controller_options"])
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
     deadline = time.monotonic() + 240
     while not all(found.status == "RUNNING" for found in serve.status().applications.values()):

@@ -63,6 +63,9 @@ JOBS = {
         "farms", "jobs.farms_prune:FarmsPruneJob", "prune a causal language model, layers by their spectra"
     ),
     "spe": JobEntry("spe", "jobs.spe:SpeJob", "train positional encodings and a graph network on molecules or graphs"),
+    "spe-eigenpairs": JobEntry(
+        "spe", "jobs.spe_eigenpairs:SpeEigenpairsJob", "compute eigenpairs of many graphs or molecules into Parquet"
+    ),
     "rqgnn": JobEntry("rqgnn", "jobs.rqgnn:RqgnnJob", "train a detector of anomalous graphs among many normal ones"),
     "rqgnn-features": JobEntry(
         "rqgnn", "jobs.rqgnn_features:RqgnnFeaturesJob", "compute Rayleigh features of many graphs into Parquet"

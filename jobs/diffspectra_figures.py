@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from library.diffspectra.closed_set import OTHER, OWN
 from library.diffspectra.study import ARMS, SPECTRA
 
 if TYPE_CHECKING:
@@ -70,6 +71,25 @@ def answers_figure(right: Mapping[str, float]) -> "Figure":
         axis.text(0.01, place, label, va="center", fontsize=9, color="white")
     axis.set(xlim=(0, 1.1), yticks=[], xlabel="accuracy of right answers and their mirror images")
     axis.invert_yaxis()
+    _plain(axis)
+    return drawn
+
+
+def closed_set_figure(answers: "pd.DataFrame") -> "Figure":
+    """Shares of samples and molecules that are right, by the own and by another's spectra, a point per seed."""
+    drawn = _figure(6.4, 3.2)
+    axis = drawn.subplots()
+    names = {"formula": "formula right,\nof samples", "constitution": "constitution right,\nof samples"}
+    names |= {"found": "found,\nof molecules"}
+    for shift, way, colour in ((-0.15, OWN, "#1a7f72"), (0.15, OTHER, "#8a8a8a")):
+        own = answers[answers["asked"] == way]
+        for place, name in enumerate(names):
+            label = None if place else f"asked by {way.replace('own', 'their own')}"
+            axis.bar(place + shift, own[name].mean(), width=0.28, color=colour, label=label)
+            axis.plot([place + shift] * len(own), own[name], "o", ms=3.5, color="#222222")
+    axis.set_xticks(range(len(names)), names.values())
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.legend(frameon=False)
     _plain(axis)
     return drawn
 

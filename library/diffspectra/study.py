@@ -11,15 +11,13 @@ from library.diffspectra.alignment import align, released_mapping
 from library.diffspectra.baselines import kernel_ridge
 from library.diffspectra.data import load_molecules
 from library.diffspectra.denoiser import DenoiserSettings
-from library.diffspectra.evaluation import Truth, evaluate
+from library.diffspectra.evaluation import Truth
 from library.diffspectra.generation import Elucidator
 from library.diffspectra.geometry_encoder import GeometrySettings
 from library.diffspectra.molecules import Structure
 from library.diffspectra.noise import key_generators, random_rotations
 from library.diffspectra.pretraining_recipe import PretrainingRecipe
-from library.diffspectra.queries import Query
 from library.diffspectra.recipe import DiffSpectraRecipe
-from library.diffspectra.sampling import Sampling
 from library.diffspectra.specformer import SpecFormerSettings
 from library.recipe import fit, make_batch
 
@@ -30,7 +28,6 @@ SPECTRA: dict[str, tuple[str, ...]] = {
     "all": ("uv", "ir", "raman"),
 }
 ARMS = (*SPECTRA, "all, not equivariant", "all, pre-trained")
-TOLD = ("atoms", "formula")
 
 
 class Study(BaseModel, frozen=True, extra="forbid"):
@@ -38,7 +35,7 @@ class Study(BaseModel, frozen=True, extra="forbid"):
 
     most_atoms: PositiveInt = 10
     """Atoms of the largest molecule that networks are trained on and tested with."""
-    steps: PositiveInt = 300
+    steps: PositiveInt = 240
     """Optimiser steps of each network."""
     pretraining: PositiveInt = 100
     """Optimiser steps of a pre-training."""
@@ -48,20 +45,13 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """Channels of an atom in the denoiser; a pair has a quarter of them."""
     blocks: PositiveInt = 3
     """Its blocks."""
-    spectra: PositiveInt = 16
-    """Held-out spectra that candidates are sampled for."""
-    samples: PositiveInt = 8
-    """Samples of each."""
-    sampler_steps: PositiveInt = 30
-    """Steps of the sampler."""
 
 
 class Trained(NamedTuple):
-    """What a network came to: one row of numbers, its learning curve, and answers as plain values."""
+    """What a network came to: one row of numbers and its learning curve."""
 
     row: dict[str, Any]
     curve: list[dict[str, Any]]
-    shown: dict[str, Any]
 
 
 def right_answers() -> dict[str, float]:
@@ -114,16 +104,12 @@ def trained(study: Study, seed: int, arm: str) -> Trained:
         )
         artifact = open_artifact(folder / "artifact")
         elucidator, model = Elucidator.from_artifact(artifact), recipe.restored(artifact.weights(), source="the study")
-    splits, data = recipe.datasets(), recipe.molecules()
+    splits = recipe.datasets()
     batches = [
         make_batch(splits, part, range(len(part)), range(len(part))) for part in (splits.validation, splits.test)
     ]
     row = {"seed": seed, "arm": arm, **recipe.evaluate(model.eval(), batches)}
-    row |= {"atoms_right": _atoms_right(elucidator, batches)}
-    if arm != "all":
-        return Trained(row, curve, {})
-    sampled, shown = sampled_candidates(study, elucidator, data)
-    return Trained(row | sampled, curve, shown)
+    return Trained(row | {"atoms_right": _atoms_right(elucidator, batches)}, curve)
 
 
 def recipe_of(study: Study, seed: int, arm: str) -> DiffSpectraRecipe:
@@ -178,30 +164,3 @@ def _atoms_right(elucidator: Elucidator, batches: list[Any]) -> float:
     """Share of the molecules whose number of atoms is the most likely one."""
     right = [(elucidator.network.encode(batch.spectra)[1].argmax(1) + 1 == batch.sizes).double() for batch in batches]
     return float(torch.cat(right).mean())
-
-
-def sampled_candidates(study: Study, elucidator: Elucidator, data: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of candidates, by what the network is told beside the spectra; and the spectrum that shows most."""
-    numbers = torch.cat([data.parts["test"], data.parts["validation"]])[: study.spectra].tolist()
-    truths = {number: data.atoms.structure(number) for number in numbers}
-    sampling = Sampling(samples=study.samples, steps=study.sampler_steps)
-    metrics, best = {}, None
-    for told in TOLD:
-        queries = elucidator.queries(data, numbers)
-        if told == "formula":
-            queries = [Query(one.spectra, formula=truths[one.key].formula(), key=one.key) for one in queries]
-        found = elucidator.find(queries, sampling)
-        judged = evaluate(truths, {one.key: own.samples for one, own in zip(queries, found, strict=True)}, at=(1,))
-        names = ("valid", "stable", "formula", "constitution", "morgan_tanimoto", "best_morgan_tanimoto")
-        metrics |= {f"{name}, told {told}": judged.metrics[name] for name in names}
-        for query, own in zip(queries, found, strict=True):
-            if best is None or len(own.candidates) > len(best[1].candidates):
-                best = (query, own)
-    query, own = best
-    shown = {
-        "number": query.key,
-        "spectra": {name: torch.log10(1 + one).tolist() for name, one in query.spectra.items()},
-        "candidates": [(one.smiles, one.count, one.score) for one in own.candidates],
-        "truth": Truth(truths[query.key]).smiles,
-    }
-    return metrics, shown

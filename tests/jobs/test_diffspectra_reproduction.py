@@ -3,19 +3,20 @@
 import pandas as pd
 import pytest
 
-from jobs.diffspectra_figures import curves_figure, losses_figure, overview, shown_figure
+from jobs.diffspectra_figures import closed_set_figure, curves_figure, losses_figure, overview, shown_figure
 from jobs.diffspectra_reproduction import (
     DiffSpectraReproduction,
     answers_claim,
     candidates_claim,
+    conditioning_claim,
     headlines,
     networks_claim,
     spectra_claim,
     training_claim,
 )
-from library.diffspectra.study import ARMS, SPECTRA, TOLD, Study
+from library.diffspectra.closed_set import ASKED, MEASURES, OWN, UNSEEN, ClosedSet
+from library.diffspectra.study import ARMS, SPECTRA, Study
 
-NAMES = ("valid", "stable", "formula", "constitution", "morgan_tanimoto", "best_morgan_tanimoto")
 RIGHT = {"paper_smiles": 0.6, "paper_inchikey": 0.8, "constitution": 1.0, "stereo": 1.0}
 RIGHT |= {"rmsd_released": 1.4, "rmsd": 0.0}
 
@@ -25,8 +26,16 @@ def arms(**better: float) -> pd.DataFrame:
     for seed in (0, 1):
         for arm in ARMS:
             row = {"seed": seed, "arm": arm, "loss": 2.0, "position": 1.0, "atom": 0.3, "bond": 1.5, "count": 1.2}
-            row |= {"atoms_right": 0.5, **{f"{name}, told {told}": 0.0 for name in NAMES for told in TOLD}}
-            rows.append(row | {name: value for name, value in better.items() if arm == "all"})
+            rows.append(row | {"atoms_right": 0.5} | {key: value for key, value in better.items() if arm == "all"})
+    return pd.DataFrame(rows)
+
+
+def answers(**better: float) -> pd.DataFrame:
+    rows = []
+    for seed in (0, 1):
+        for asked in ASKED:
+            row = {"seed": seed, "asked": asked, "found": 0.0, **dict.fromkeys(MEASURES, 0.0)}
+            rows.append(row | (better if asked in (OWN, UNSEEN) else {}))
     return pd.DataFrame(rows)
 
 
@@ -44,8 +53,13 @@ def test_outcomes_follow_from_the_numbers():
     assert worse.count("does not hold in any of 2 seeds") == 2
     assert better.count("holds in all 2 seeds") == 2
     assert "weighted sum better: holds in all 2 seeds" in training_claim(arms(loss=2.1), Study()).verdict
-    assert candidates_claim(arms(), Study()).verdict == "any sample right: does not hold in any of 2 seeds"
-    found = headlines(RIGHT, bars(0.5), arms())
+    assert candidates_claim(answers(), ClosedSet()).verdict == "any sample right: does not hold in any of 2 seeds"
+    assert candidates_claim(answers(found=0.1), ClosedSet()).verdict == "any sample right: holds in all 2 seeds"
+    followed = conditioning_claim(answers(formula=0.2), ClosedSet()).verdict
+    assert followed.startswith("formula right more often: holds in all 2 seeds")
+    assert followed.endswith("more molecules found: does not hold in any of 2 seeds")
+    found = headlines(RIGHT, bars(0.5), arms(), answers(found=0.1))
+    assert found["found, own spectra"] == 0.1
     assert found["ridge_auc_Raman"] == 0.5
     assert found["position_all"] == 1.0
 
@@ -57,6 +71,7 @@ def test_figures_can_be_drawn():
         overview(bars(0.5), arms()),
         losses_figure(arms()),
         curves_figure(curves),
+        closed_set_figure(answers(found=0.1)),
         shown_figure(shown),
         shown_figure(shown | {"candidates": []}),
     ):
@@ -72,4 +87,5 @@ def test_a_quick_run_writes_the_document_and_its_figures(ray_cluster, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
         assert name == "diffspectra" or f"({name}.png)" in text
     assert set(report.tables["networks"]["arm"]) == set(ARMS)
+    assert set(report.tables["candidates"]["asked"]) == set(ASKED)
     assert "prism reproduce diffspectra" in text

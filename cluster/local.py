@@ -96,7 +96,8 @@ class LocalCluster:
             "num_cpus": cpus or self._cpus,
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": self._dashboard,
-            "dashboard_agent_listen_port": None,  # any free one: another Ray of this machine may have Ray's default
+            "dashboard_port": None,  # Ray's default or the next free one: another Ray of this machine may have that
+            "dashboard_agent_listen_port": None,  # any free one, likewise
             # on one machine, a node that has no more use for a job's files would remove those of the others
             "runtime_env_dir_name": f"runtime_resources_{len(self._started)}",
         }

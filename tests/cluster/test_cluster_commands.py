@@ -1,10 +1,12 @@
 """`prism cluster local`, `prism submit` and `prism cluster render` for real: jobs, their logs and exit statuses."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,19 +54,23 @@ def local(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings = os.environ | {"PRISM_HOME": str(home), "PYTHONUNBUFFERED": "1"}
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         settings.pop(name, None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prism", "cluster", "local", "--nodes", "3", "--cpus-per-node", "1"],
-        cwd=ROOT,
-        env=settings,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # somebody has it already
+            other.bind(("127.0.0.1", 8265))
+            other.listen()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prism", "cluster", "local", "--nodes", "3", "--cpus-per-node", "1"],
+            cwd=ROOT,
+            env=settings,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         lines = []
         for line in process.stdout:
             lines.append(line)
             if line.startswith("stop:"):
                 break
+    try:
         yield Local(process, home, "".join(lines))
     finally:
         process.send_signal(signal.SIGINT)
@@ -73,6 +79,7 @@ def local(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def test_it_says_what_there_is_and_how_to_use_it(local: Local) -> None:
     assert local.said.startswith("joined Ray at ")
+    assert not local.dashboard.endswith(":8265")  # which another process had
     assert "3 nodes, 3 CPUs" in local.said
     for way in ("prism run send --workers 2 --address ", "prism submit --address ", "ray start --address "):
         assert way in local.said

@@ -1,17 +1,20 @@
-# demo, test, bench, docs, lint: each prepares .venv when it is missing or its requirements have changed.
+# demo, test, soak, bench, docs, lint: each prepares .venv when it is missing or its requirements have changed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test bench docs lint
+.PHONY: demo test soak bench docs lint
 
 demo: $(READY)
 	$(BIN)/prism demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+soak: $(READY)
+	$(BIN)/python tests/faults/soak.py
 
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks

@@ -1,14 +1,12 @@
 """RQGNN on Ray: train a graph-level anomaly detector, and measure it on graphs that it has not seen."""
 
-import os
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveInt, field_validator
 
-from cluster import registry, storage
+from jobs.held_out import measured, save_again
 from jobs.report import Report
 from jobs.training import TrainingJob
-from jobs.workers import stand_in
 from library.rqgnn.data import load_graphs
 from library.rqgnn.recipe import RqgnnRecipe
 
@@ -47,22 +45,17 @@ class RqgnnJob(TrainingJob, frozen=True, extra="forbid"):
 
     def run(self) -> Report:
         """Train, register, and measure on the test graphs. Raises PrismError; the last checkpoint stays."""
-        import ray
-
         self.prepared()
         report = super().run()
-        if report.artifact is None:
-            return report
-        task = ray.remote(num_cpus=1, max_retries=2)(tested)
-        found, curve = ray.get(task.remote(str(registry.resolve(report.artifact)), self.recipe, os.getcwd()))
-        report.metrics |= {f"test_{name}": value for name, value in found.items()}
-        report.figures["reliability"] = reliability_figure(curve)
-        if report.folder is not None and storage.is_local(report.folder):
-            report.save(storage.local_path(report.folder))
+        if report.artifact is not None:
+            found, curve = measured(report, held_out, self.recipe)
+            report.metrics |= {f"test_{name}": value for name, value in found.items()}
+            report.figures["reliability"] = reliability_figure(curve)
+            save_again(report)
         return report
 
 
-def tested(artifact: str, recipe: RqgnnRecipe, cwd: str) -> "tuple[dict[str, float], list[tuple[float, float, int]]]":
+def held_out(artifact: str, recipe: RqgnnRecipe) -> "tuple[dict[str, float], list[tuple[float, float, int]]]":
     """Metrics of an artifact on its recipe's test graphs, and (mean probability, share of anomalies, graphs) in bins.
 
     The ten bins hold equally many graphs each.
@@ -71,7 +64,6 @@ def tested(artifact: str, recipe: RqgnnRecipe, cwd: str) -> "tuple[dict[str, flo
     from library.rqgnn.detector import GraphAnomalyDetector
     from library.rqgnn.metrics import detection_metrics
 
-    stand_in(cwd)
     detector = GraphAnomalyDetector.from_artifact(open_artifact(artifact))
     material = recipe.material()
     margins = detector.margins(material.prepared, material.test)

@@ -1,12 +1,10 @@
 """Training with stable and expressive positional encodings (SPE), or a baseline, on Ray Train."""
 
-import os
 from typing import ClassVar
 
-from cluster import registry, storage
+from jobs.held_out import measured, save_again
 from jobs.report import Report
 from jobs.training import TrainingJob
-from jobs.workers import stand_in
 from library.spe.recipe import SpeRecipe
 
 TESTED = ("test", "ood_test")  # parts on which nothing is chosen
@@ -26,19 +24,14 @@ class SpeJob(TrainingJob, frozen=True, extra="forbid"):
 
     def run(self) -> Report:
         """Train, register, and measure on the test graphs. Raises PrismError; the last checkpoint stays."""
-        import ray
-
         report = super().run()
-        if report.artifact is None:
-            return report
-        task = ray.remote(num_cpus=1, max_retries=2)(tested)
-        report.metrics |= ray.get(task.remote(str(registry.resolve(report.artifact)), self.recipe, os.getcwd()))
-        if report.folder is not None and storage.is_local(report.folder):
-            report.save(storage.local_path(report.folder))
+        if report.artifact is not None:
+            report.metrics |= measured(report, held_out, self.recipe)
+            save_again(report)
         return report
 
 
-def tested(artifact: str, recipe: SpeRecipe, cwd: str) -> dict[str, float]:
+def held_out(artifact: str, recipe: SpeRecipe) -> dict[str, float]:
     """Metrics of an artifact on the parts of its recipe's graphs that are for tests: test_error, ood_test_auroc ..."""
     import torch
 
@@ -46,7 +39,6 @@ def tested(artifact: str, recipe: SpeRecipe, cwd: str) -> dict[str, float]:
     from library.recipe import evaluation_batches
     from library.spe.recipe import load_network
 
-    stand_in(cwd)
     network, _, _ = load_network(open_artifact(artifact))
     splits, parts = recipe.datasets(), recipe.graph_data().parts
     with torch.no_grad():

@@ -106,8 +106,16 @@ class GraphSamples:
 def spectra_of(graphs: Graphs, encoding: Encoding, cache: Path | None = None) -> GraphSpectra:
     """The eigenpairs of the normalised Laplacian that an encoding uses; isolated nodes have eigenvalue 0.
 
-    Raises InputError for a cut that is refused (`Encoding.split`), or an eigenvalue outside [0, 2].
+    Raises InputError for a graph that is too large (`Encoding.most_nodes`), a cut that is refused (`Encoding.split`),
+    and an eigenvalue outside [0, 2].
     """
+    large = graphs.sizes > encoding.most_nodes
+    if encoding.method == "spe" and bool(large.any()):
+        place = int(large.nonzero()[0])
+        raise InputError(
+            f"graph {place} has {int(graphs.sizes[place])} nodes, and memory grows with their square; at most "
+            f"{encoding.most_nodes} are allowed (encoding.most_nodes)"
+        )
     found = eigenpairs(graphs, count=encoding.eigenpairs, split=encoding.split, cache=cache)
     low, high = float(found.values.min()), float(found.values.max())
     if low < LOWEST or high > HIGHEST:

@@ -87,6 +87,8 @@ class GraphPredictor:
         Raises InputError that begins with `name` and says what is allowed.
         """
         schema = self.schema
+        if any(len(edge) != 2 for edge in edges):
+            raise InputError(f"{name}: an edge is a pair of nodes")
         pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T
         made = GraphInput(
             _described(nodes, schema.node_types, schema.node_features, f"{name}: a node"),
@@ -164,7 +166,10 @@ def _described(values: Sequence[Any], types: int, features: int, what: str) -> T
     bad = [value for value in values if not isinstance(value, Sequence) or len(value) != features]
     if bad:
         raise InputError(f"{what} needs {features} features")
-    return torch.tensor(values, dtype=torch.float32).reshape(-1, features)
+    found = torch.tensor(values, dtype=torch.float32).reshape(-1, features)
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(f"{what} has a feature that is NaN or infinite")
+    return found
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from library.spectral.graph_spectra import GraphSpectra
 from library.weights import load_tensors
 
 TASK = "task.json"  # in an artifact: what its graphs hold and what it predicts
+OF_SPECTRA = ("method", "eigenpairs", "split", "most_nodes")  # what eigenpairs depend on
 
 
 class SpeRecipe(Recipe, frozen=True, extra="forbid"):
@@ -115,7 +116,7 @@ class SpeRecipe(Recipe, frozen=True, extra="forbid"):
     def spectra(self) -> GraphSpectra:
         """The graphs' eigenpairs; kept in memory for the next call."""
         source = (self.data, self.root, self.smiles_column, self.target_columns, self.cut)
-        return _spectra(source, self.encoding.eigenpairs, self.encoding.split, self.cache)
+        return _spectra(source, Encoding(**{name: getattr(self.encoding, name) for name in OF_SPECTRA}), self.cache)
 
     def samples(self, part: str) -> GraphSamples:
         """The graphs of a part: train, validation, test, ood_validation or ood_test. Raises InputError for others."""
@@ -247,8 +248,7 @@ def warmed_up(step: int, *, steps: int, warmup: int) -> float:
 
 
 @lru_cache(maxsize=4)
-def _spectra(source: tuple[Any, ...], eigenpairs: int, split: str, cache: str | None) -> GraphSpectra:
+def _spectra(source: tuple[Any, ...], encoding: Encoding, cache: str | None) -> GraphSpectra:
     name, root, smiles_column, target_columns, by = source
     data = load_graphs(name, root=root, smiles_column=smiles_column, target_columns=target_columns, by=by)
-    encoding = Encoding(eigenpairs=eigenpairs, split=split)
     return spectra_of(data.graphs, encoding, Path(cache) if cache else None)

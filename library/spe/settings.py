@@ -21,6 +21,8 @@ class Encoding(BaseModel, frozen=True, extra="forbid"):
     """Smallest eigenpairs d that are used, zero included; graphs with fewer nodes have fewer."""
     split: Literal["shrink", "keep", "error"] = "shrink"
     """When the cut at d falls into an eigenspace: use fewer pairs, cut all the same (as released), or refuse."""
+    most_nodes: PositiveInt = 1000
+    """spe: larger graphs are refused, because the outer network's memory grows with the square of their nodes."""
     width: PositiveInt | None = None
     """Numbers p per node; None is d, as released."""
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from library.artifact import Artifact, open_artifact
 from library.errors import ArtifactError, InputError
@@ -132,6 +133,14 @@ def test_what_the_detector_refuses(trained, artifact, tmp_path) -> None:
     (broken / "vocabulary.json").write_bytes(file.read_bytes()[:-1] + b" ")
     with pytest.raises(ArtifactError, match="SHA-256"):
         open_artifact(broken)
+
+
+def test_a_batch_of_one_graph_cannot_be_normalised() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        RqgnnRecipe(batch_size=1)
+    model, material = SMALL.model(), SMALL.material()
+    with pytest.raises(InputError, match="at least 2 samples"):
+        model.train()(material.prepared.batch(torch.tensor([3])))
 
 
 def test_a_detector_of_features_checks_them() -> None:

@@ -1,12 +1,14 @@
 """Exact properties of the encodings: what does not change them, closed forms, and how stable they are."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from library.errors import InputError
+from library.spe import data
 from library.spe.batch import GraphSample, collate_graphs
 from library.spe.columns import Chunk, ColumnGin, GinLayer, factored_product, propagate
 from library.spe.encode import bare_samples, encode
@@ -324,6 +326,24 @@ def test_a_cut_inside_an_eigenspace_moves_or_is_refused():
         assert len(bare_samples(own, encoding)[0].values) == kept
     with pytest.raises(InputError, match="splits the eigenspace"):
         bare_samples(own, Encoding(eigenpairs=8, split="error"))
+
+
+def test_graphs_that_are_too_large_are_refused_by_what_grows_with_their_square():
+    own = Graphs.concatenate([cycle(6), cycle(12)])
+    with pytest.raises(InputError, match="graph 1 has 12 nodes, and memory grows with their square; at most 10"):
+        bare_samples(own, Encoding(most_nodes=10))
+    assert len(bare_samples(own, Encoding(method="signnet", most_nodes=10))) == 2
+
+
+@pytest.mark.parametrize("value", [-1e-4, 2.001])
+def test_eigenvalues_that_no_normalised_laplacian_has_are_refused(monkeypatch, value):
+    def found(graphs: Graphs, **options: object) -> GraphSpectra:
+        spectra = eigenpairs(graphs)
+        return replace(spectra, values=torch.full_like(spectra.values, value))
+
+    monkeypatch.setattr(data, "eigenpairs", found)
+    with pytest.raises(InputError, match="none outside 0 to 2"):
+        bare_samples(cycle(5), Encoding())
 
 
 def test_basisnet_refuses_more_dimensions_than_it_has_networks_for():

@@ -7,10 +7,11 @@ from torch import Tensor
 from library.artifact import open_artifact
 from library.errors import ArtifactError, InputError
 from library.recipe import evaluation_batches, fit, make_batch
+from library.spe.network import GraphNetwork
 from library.spe.predictor import GraphPredictor
 from library.spe.presets import PRESETS
 from library.spe.recipe import SpeRecipe, load_network
-from library.spe.settings import Backbone, Encoding
+from library.spe.settings import Backbone, Encoding, Schema
 
 TINY = {
     "batch_size": 16,
@@ -66,6 +67,7 @@ def test_bad_graphs_are_refused_by_name(trained):
         (lambda: predictor.graph([0, 28], [[0, 1]], [1], "g"), "g: a node has type 28; types are 0 to 27"),
         (lambda: predictor.graph([0, 1], [[0, 1]], [], "g"), "g: 1 edges have 0 types"),
         (lambda: predictor.graph([0, 1], [[0, 2]], [1], "g"), "g: edge 0 joins nodes"),
+        (lambda: predictor.graph([0, 1], [[0, 1, 1]], [1], "g"), "g: an edge is a pair of nodes"),
         (lambda: predictor.graph([0, 1], [[1, 1]], [1], "g"), "g: edge 0 is a self-loop"),
         (lambda: predictor.graph([0, 1], [[0, 1], [1, 0]], [1, 1], "g"), "g: edge 1, .* is listed twice"),
     ):
@@ -74,6 +76,21 @@ def test_bad_graphs_are_refused_by_name(trained):
     many = predictor.graph([0] * 12, [], [], "g")
     with pytest.raises(InputError, match=r"second: .*which is its first"):
         predictor.answer([predictor.molecule("CC"), many], names=["first", "second"])
+
+
+def test_bad_features_are_refused_by_name():
+    schema = Schema(node_features=2, edge_features=1)
+    predictor = GraphPredictor(GraphNetwork(TINY["encoding"], TINY["backbone"], schema), TINY["encoding"], schema)
+    assert predictor.graph([[0.5, 1.0]], [], [], "g").nodes.shape == (1, 2)
+    for nodes, message in (
+        ([[0.5]], "g: a node needs 2 features"),
+        ([3], "g: a node needs 2 features"),
+        ([[0.5, float("nan")]], "g: a node has a feature that is NaN or infinite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predictor.graph(nodes, [], [], "g")
+    with pytest.raises(InputError, match="smiles: the model was not trained on molecules"):
+        predictor.molecule("CCO")
 
 
 def test_foreign_artifacts_are_refused(trained, tmp_path):

@@ -53,7 +53,7 @@ def main() -> int:
 def run(name: str) -> tuple[int, str]:
     """The exit status of a benchmark and what it printed, which is shown as it comes."""
     environment = os.environ | {"COLUMNS": WIDTH, "NO_COLOR": "1", "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / f"{name}.py")]
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stdout or ():

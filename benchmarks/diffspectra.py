@@ -4,7 +4,7 @@ The plain form is what the released code computes: edge lists over all pairs wit
 noise level and spectrum mapped per edge, the first coordinate map unsplit, and the encoder of spectra inside every
 pass of the network. Both share one set of weights, and their outputs are compared before anything is timed.
 
-    python benchmarks/diffspectra.py [--size paper|small] [--molecules N] [--atoms N] [--repeat N] [--threads N]
+    python -m benchmarks.diffspectra [--size paper|small] [--molecules N] [--atoms N] [--repeat N] [--threads N]
         [--out FILE.json]
 """
 
@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.timing import median_seconds
 from library.diffspectra.attention import FORBIDDEN, Block, CoordinateUpdate, RelationalAttention
 from library.diffspectra.basis import GaussianBasis
 from library.diffspectra.conditioned import Conditioned
@@ -154,17 +154,6 @@ def plain(
     return State(out, (edges + edges.transpose(1, 2)) / 2)
 
 
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """The least time of a call, after one that is not timed."""
-    call()
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
 def measure(size: str, molecules: int, atoms: int, repeat: int) -> list[dict]:
     """Rows of what is timed: seconds plain and restructured. Raises AssertionError when the two forms disagree."""
     torch.manual_seed(0)
@@ -218,12 +207,14 @@ def measure(size: str, molecules: int, atoms: int, repeat: int) -> list[dict]:
     rows = [
         {
             "what": "training step, self-conditioned",
-            "plain": seconds(lambda: step(lambda last: plain(network, noisy, level, spectra, mask, last)), repeat),
-            "restructured": seconds(ours_step, repeat),
+            "plain": median_seconds(
+                lambda: step(lambda last: plain(network, noisy, level, spectra, mask, last)), repeat
+            ),
+            "restructured": median_seconds(ours_step, repeat),
         }
     ]
     network.eval()
-    found = {"plain": seconds(plain_sampling, repeat), "restructured": seconds(ours_sampling, repeat)}
+    found = {"plain": median_seconds(plain_sampling, repeat), "restructured": median_seconds(ours_sampling, repeat)}
     rows.append({"what": f"{SAMPLER_STEPS} sampler steps, the encoder included", **found})
     return rows
 
@@ -248,7 +239,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="paper", help="the published sizes, or the default ones")
     parser.add_argument("--molecules", type=int, default=8, help="molecules in a batch")
     parser.add_argument("--atoms", type=int, default=18, help="atoms of the largest molecule")
-    parser.add_argument("--repeat", type=int, default=3, help="timings of each, the least of which counts")
+    parser.add_argument("--repeat", type=int, default=3, help="timings of each, whose median counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of the linear algebra")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.timing import median_seconds
 from library.spectral import Hessian, block_traces, extreme_eigenpairs, lanczos_quadrature
 
 OURS, PYHESSIAN, CURVLINOPS = "prism", "PyHessian", "curvlinops"
@@ -45,16 +46,6 @@ def network(kind: str, layers: int) -> nn.Sequential:
     for _ in range(layers - 2):
         parts += [nn.Linear(64, 64, bias=False), nn.Tanh()]
     return nn.Sequential(*parts, nn.Linear(64, 10, bias=False))
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """The least processor time of a call: what else the machine does is not counted."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
 
 
 def our_traces(model: nn.Module, x: Tensor, y: Tensor, probes: int) -> Tensor:
@@ -160,7 +151,7 @@ def main() -> None:
             for tool, call in tools.items():
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):
-                        took[tool] = seconds(partial(call, model, x, y), asked.repeats)
+                        took[tool] = median_seconds(partial(call, model, x, y), asked.repeats, clock=time.process_time)
                 except RuntimeError as error:
                     if tool == OURS:
                         raise

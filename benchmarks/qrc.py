@@ -5,7 +5,7 @@ probabilities of each step saved), and with shots of state vectors. It gets its 
 as torch. What its user waits for counts; the part of it that is its simulator's own, without the conversion of circuits
 and results, is shown beside it. Ours evolves 64 reservoirs at once; their exact features must agree with Aer's.
 
-    python benchmarks/qrc.py [--steps N] [--shots N] [--threads N] [--repeat N] [--out FILE.json]
+    python -m benchmarks.qrc [--steps N] [--shots N] [--threads N] [--repeat N] [--out FILE.json]
 
 reservoirpy runs the same echo state networks one after the other, and fits its ridge once for each regularisation; ours
 drives all in one batch, and solves all regularisations at once. States and predictions must agree.
@@ -16,15 +16,13 @@ qiskit-aer is a dependency of the project, and reservoirpy one of its tests: the
 import argparse
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.timing import median_seconds
 from library.qrc.circuits import density_circuit, probability_features, series_circuit
 from library.qrc.drive import drive_many
 from library.qrc.esn import EchoState, drive_echo_states
@@ -35,17 +33,6 @@ from library.qrc.shots import SampledReservoir
 BATCH = 64
 UNITS, NETWORK_STEPS = 30, 1000  # of the echo state networks
 GOALS = {"exact": 300.0, "shots": 10_000.0}
-
-
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """The median time of a call, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def batch(measured: int) -> list[QuantumReservoir]:
@@ -83,16 +70,20 @@ def measure_aer(measured: int, options: argparse.Namespace) -> dict:
         "measured": measured,
         "difference": difference,
         "aer kernel": sum(part.time_taken for part in data.results) / len(few) / len(inputs),
-        "aer exact": seconds(lambda: exact.run(circuits, shots=1).result(), options.repeat) / len(few) / len(inputs),
-        "aer shots": seconds(lambda: sampled.run(shot_circuit, shots=options.shots).result(), options.repeat)
+        "aer exact": median_seconds(lambda: exact.run(circuits, shots=1).result(), options.repeat)
+        / len(few)
+        / len(inputs),
+        "aer shots": median_seconds(lambda: sampled.run(shot_circuit, shots=options.shots).result(), options.repeat)
         / len(short),
-        "batch": seconds(lambda: drive_many(reservoirs, inputs[None]), options.repeat) / BATCH / len(inputs),
-        "single precision": seconds(lambda: drive_many(reservoirs, inputs[None], dtype=torch.complex64), options.repeat)
+        "batch": median_seconds(lambda: drive_many(reservoirs, inputs[None]), options.repeat) / BATCH / len(inputs),
+        "single precision": median_seconds(
+            lambda: drive_many(reservoirs, inputs[None], dtype=torch.complex64), options.repeat
+        )
         / BATCH
         / len(inputs),
-        "alone": seconds(lambda: drive_many(one, inputs[None]), options.repeat) / len(inputs),
-        "shots": seconds(lambda: own["independent"].drive(short[None]), options.repeat) / len(short),
-        "trajectories": seconds(lambda: own["trajectory"].drive(short[None]), options.repeat) / len(short),
+        "alone": median_seconds(lambda: drive_many(one, inputs[None]), options.repeat) / len(inputs),
+        "shots": median_seconds(lambda: own["independent"].drive(short[None]), options.repeat) / len(short),
+        "trajectories": median_seconds(lambda: own["trajectory"].drive(short[None]), options.repeat) / len(short),
     }
 
 
@@ -155,10 +146,12 @@ def measure_reservoirpy(options: argparse.Namespace) -> dict[str, float]:
     return {
         "states difference": apart,
         "ridge difference": fits,
-        "reservoirpy states": seconds(theirs, options.repeat),
-        "states": seconds(lambda: drive_echo_states(networks, inputs), options.repeat),
-        "reservoirpy ridge": seconds(ridges, options.repeat),
-        "ridge": seconds(lambda: ridge_path(states, target, standardize=False).predictions(states), options.repeat),
+        "reservoirpy states": median_seconds(theirs, options.repeat),
+        "states": median_seconds(lambda: drive_echo_states(networks, inputs), options.repeat),
+        "reservoirpy ridge": median_seconds(ridges, options.repeat),
+        "ridge": median_seconds(
+            lambda: ridge_path(states, target, standardize=False).predictions(states), options.repeat
+        ),
     }
 
 

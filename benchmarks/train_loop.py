@@ -4,7 +4,7 @@ Two gloo workers train SendRecipe's default model, plain, on the shipped passage
 the same data in the same order, forward, backward, clip, step; nothing else), then `jobs.training.train`, then both
 again, in the same processes. Checkpoints and evaluations, which the bare loop lacks, lie outside the timed steps.
 
-    python benchmarks/train_loop.py --steps 60 --rounds 3
+    python -m benchmarks.train_loop --steps 60 --rounds 3
 """
 
 import argparse

@@ -91,9 +91,9 @@ class RqgnnRecipe(Recipe, frozen=True, extra="forbid"):
     """rqgnn, or one of two plain graph networks with mean pooling to compare with."""
     preset: Literal["official", "paper"] | None = None
     """The released code's or the paper's network with all kinds of nodes, whatever node_kinds and the next six say."""
-    rq_on: RayleighOn = "raw"
+    rq_on: RayleighOn = "latent"
     """What Rayleigh vectors are of: raw features, latent ones, or, as a control without smoothness, their counts."""
-    normalise_rq: bool = False
+    normalise_rq: bool = True
     """Divide x^T L x by x^T x."""
     filters: Filters = "frozen"
     """Whether the wavelet bank learns, or stays at its random start as in the released code."""

@@ -6,11 +6,13 @@ import pytest
 from jobs.rqgnn_reproduction import (
     BANK,
     COUNTS,
+    DEFAULT,
     FROZEN,
     RQGNN,
     SIZES,
     RqgnnReproduction,
     controls_claim,
+    default_claim,
     filters_claim,
     gain,
     quotients_claim,
@@ -62,5 +64,15 @@ def test_outcomes_follow_from_the_numbers() -> None:
         "above the network with counts: holds in 2 of 4 sets and seeds; "
         "above nodes and edges alone: does not hold in any of 4 sets and seeds"
     )
-    assert filters_claim(found).verdict == "learned above frozen: holds in 2 of 4 sets and seeds"
+    assert filters_claim(found).verdict == (
+        "learned above frozen: holds in 2 of 4 sets and seeds with the released network, "
+        "does not hold in any of 4 sets and seeds with the default"
+    )
+    chosen = found.copy()
+    chosen.loc[chosen["arm"] == DEFAULT, "validation_auc"] = [0.72, 0.71, 0.72, 0.69]
+    chosen.loc[chosen["arm"] == FROZEN, "auc"] = 0.99  # test graphs have no say
+    claim = default_claim(chosen)
+    assert claim.verdict.startswith(f"above {FROZEN}: holds in 3 of 4 sets and seeds; above RQGNN as in the paper")
+    assert f"{DEFAULT} minus {FROZEN}: 1.0 ± 0.7 points" in claim.findings[2]
+    assert claim.tables["Validation AUC"]["mean"].tolist() == ["0.710", *["0.700"] * 4]
     assert "10.5 ± 0.7" in quotients_claim(found).findings[0]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library import collective
 from library.artifact import Artifact
-from library.diffspectra.broadening import Augmentation, Broadening
-from library.diffspectra.data import Collate, MoleculeData, Sample, load_molecules
+from library.diffspectra.data import Collate, Sample
 from library.diffspectra.geometry_encoder import GeometrySettings
 from library.diffspectra.pretraining import (
     Pretrained,
@@ -26,8 +25,9 @@ from library.diffspectra.pretraining import (
     reconstruction_loss,
 )
 from library.diffspectra.specformer import SpecFormer, SpecFormerSettings
+from library.diffspectra.spectra_recipe import SpectraRecipe
 from library.errors import ArtifactError, InputError
-from library.recipe import Recipe, Splits
+from library.recipe import Splits
 from library.weights import load_tensors
 
 ENCODER = "encoder."
@@ -45,7 +45,7 @@ PAPER: dict[str, Any] = {
 }
 
 
-class PretrainingRecipe(Recipe, frozen=True, extra="forbid"):
+class PretrainingRecipe(SpectraRecipe, frozen=True, extra="forbid"):
     """SpecFormer pre-trained by hidden patches, contrast with geometries, and their denoising.
 
     >>> PretrainingRecipe(preset="paper").geometry.layers
@@ -53,27 +53,13 @@ class PretrainingRecipe(Recipe, frozen=True, extra="forbid"):
     """
 
     kind: ClassVar[str] = "diffspectra-pretrain"
-    metric: ClassVar[str] = "loss"
-    unit: ClassVar[str] = "molecules"
+    published: ClassVar[Mapping[str, Any]] = PAPER
 
     steps: PositiveInt = 300
     """Optimiser steps; the paper's are 400 000."""
     batch_size: PositiveInt = Field(64, ge=2)
     """Molecules per optimiser step over all workers: the others' spectra are what each is told from."""
 
-    preset: Literal["paper"] | None = None
-    """The published training and sizes, whatever the other fields say but data and modalities."""
-    data: str = "simulated"
-    """simulated (shipped), an NPZ file of line lists, or a converted folder of QM9S."""
-    most_atoms: PositiveInt | None = None
-    """Leave out molecules of more atoms; None keeps all."""
-    broadening: Broadening = Broadening()
-    """How lines become spectra."""
-    augmentation: Augmentation | None = Augmentation()
-    """How training spectra are perturbed; None leaves them clean, as in the paper."""
-
-    encoder: SpecFormerSettings = SpecFormerSettings()
-    """The encoder of spectra."""
     geometry: GeometrySettings = GeometrySettings()
     """The encoder of geometries."""
     mask_ratio: float = Field(0.1, gt=0, lt=1)
@@ -92,16 +78,6 @@ class PretrainingRecipe(Recipe, frozen=True, extra="forbid"):
     warmup: NonNegativeInt = 30
     """Steps in which the rate rises from 0, before it falls to 0 as a cosine."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("preset") != "paper":
-            return data
-        encoder = data.get("encoder") or {}
-        given = encoder.modalities if isinstance(encoder, SpecFormerSettings) else encoder.get("modalities")
-        sizes = SpecFormerSettings.paper(tuple(given)) if given else SpecFormerSettings.paper()
-        return {**data, **PAPER, "encoder": sizes}
-
     @model_validator(mode="after")
     def _hides(self) -> "PretrainingRecipe":
         for modality in self.encoder.modalities:
@@ -110,20 +86,8 @@ class PretrainingRecipe(Recipe, frozen=True, extra="forbid"):
                 raise ValueError(f"mask_ratio {self.mask_ratio} hides all or none of the {patches} {modality} patches")
         return self
 
-    def molecules(self) -> MoleculeData:
-        """The data; kept in memory for the next call."""
-        return load_molecules(self.data).limited(most_atoms=self.most_atoms, modalities=self.encoder.modalities)
-
     def datasets(self) -> Splits:
-        data = self.molecules()
-        spectra = Collate(self.encoder.modalities, self.broadening, self.augmentation)
-        return Splits(
-            data.part("train", perturbed=self.augmentation is not None),
-            data.part("validation"),
-            data.part("test"),
-            collate=partial(_collate, spectra, self.encoder),
-            fingerprint=data.fingerprint,
-        )
+        return self.splits(lambda spectra: partial(_collate, spectra, self.encoder))
 
     def model(self) -> PretrainingModel:
         return PretrainingModel(self.encoder, self.geometry, ratio=self.mask_ratio, shift=self.shift)

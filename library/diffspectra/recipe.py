@@ -2,20 +2,19 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from library.artifact import Artifact, open_artifact
-from library.diffspectra.broadening import Augmentation, Broadening
 from library.diffspectra.clipping import adaptive_limit, remembered
 from library.diffspectra.conditioned import Conditioned
-from library.diffspectra.data import Collate, MoleculeData, MoleculeSamples, Sample, load_molecules
+from library.diffspectra.data import Collate, MoleculeSamples, Sample
 from library.diffspectra.denoiser import DenoiserSettings
 from library.diffspectra.lines import STEP
 from library.diffspectra.loss import loss_weight, terms
@@ -23,8 +22,9 @@ from library.diffspectra.pretraining_recipe import PretrainingRecipe, load_encod
 from library.diffspectra.process import DiffusionBatch, DiffusionModel, Draws, draw
 from library.diffspectra.schedule import ScheduleName, noise_schedule
 from library.diffspectra.specformer import SpecFormerSettings
+from library.diffspectra.spectra_recipe import SpectraRecipe
 from library.errors import ArtifactError
-from library.recipe import Recipe, Splits, unwrap
+from library.recipe import Splits, unwrap
 from library.weights import load_tensors
 
 NORMS = "norms"  # in the optimiser's first parameter group
@@ -49,7 +49,7 @@ PAPER: dict[str, Any] = {
 }
 
 
-class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
+class DiffSpectraRecipe(SpectraRecipe, frozen=True, extra="forbid"):
     """DiffSpectra on molecules with spectra.
 
     >>> recipe = DiffSpectraRecipe(preset="paper")
@@ -58,27 +58,13 @@ class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
     """
 
     kind: ClassVar[str] = "diffspectra"
-    metric: ClassVar[str] = "loss"
-    unit: ClassVar[str] = "molecules"
+    published: ClassVar[Mapping[str, Any]] = PAPER
 
     steps: PositiveInt = 600
     """Optimiser steps; the paper's are 1 000 000."""
     batch_size: PositiveInt = Field(32, ge=2)
     """Molecules per optimiser step over all workers; batch normalisation is over all of them."""
 
-    preset: Literal["paper"] | None = None
-    """The published training and sizes, whatever the other fields say but those of data, modalities and groups."""
-    data: str = "simulated"
-    """simulated (shipped), an NPZ file of line lists, or a converted folder of QM9S."""
-    most_atoms: PositiveInt | None = None
-    """Leave out molecules of more atoms; None keeps all."""
-    broadening: Broadening = Broadening()
-    """How lines become spectra."""
-    augmentation: Augmentation | None = Augmentation()
-    """How training spectra are perturbed; None leaves them clean, as in the paper."""
-
-    encoder: SpecFormerSettings = SpecFormerSettings()
-    """The encoder of spectra."""
     denoiser: DenoiserSettings = DenoiserSettings()
     """The network that denoises."""
     pretrained: str | None = None
@@ -112,37 +98,15 @@ class DiffSpectraRecipe(Recipe, frozen=True, extra="forbid"):
     validation_times: PositiveInt = 4
     """Times, evenly spread, at which validation molecules are denoised, each with its own fixed noise."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("preset") != "paper":
-            return data
-        encoder = data.get("encoder") or {}
-        given = encoder.modalities if isinstance(encoder, SpecFormerSettings) else encoder.get("modalities")
-        sizes = SpecFormerSettings.paper(tuple(given)) if given else SpecFormerSettings.paper()
-        return {**data, **PAPER, "encoder": sizes}
-
-    def molecules(self) -> MoleculeData:
-        """The data; kept in memory for the next call."""
-        return load_molecules(self.data).limited(most_atoms=self.most_atoms, modalities=self.encoder.modalities)
-
     def encoder_settings(self) -> SpecFormerSettings:
         """The encoder, with tokens for absent spectra where those are trained."""
         return self.encoder.model_copy(update={"absent": self.encoder.absent or self.modality_dropout > 0})
 
     def datasets(self) -> Splits:
-        data = self.molecules()
         draws = Draws(
             self.self_condition, self.condition_dropout, self.modality_dropout, rotate=not self.denoiser.equivariant
         )
-        spectra = Collate(self.encoder.modalities, self.broadening, self.augmentation)
-        return Splits(
-            data.part("train", perturbed=self.augmentation is not None),
-            data.part("validation"),
-            data.part("test"),
-            collate=partial(_collate, spectra, draws),
-            fingerprint=data.fingerprint,
-        )
+        return self.splits(lambda spectra: partial(_collate, spectra, draws))
 
     def network(self) -> Conditioned:
         """A new network, from torch's generator."""

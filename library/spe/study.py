@@ -1,4 +1,4 @@
-"""The experiments behind the results: how encodings follow small changes of graphs, and counting cycles."""
+"""The experiments behind the results: encodings of graphs that change a little, counting cycles, other domains."""
 
 from functools import lru_cache
 from typing import Any
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from library import files
 from library.recipe import evaluation_batches, fit
 from library.spe.data import CYCLES, GraphData, GraphSamples, counting_data, load_graphs, spectra_of
-from library.spe.network import make_encoder
+from library.spe.network import GraphNetwork, make_encoder
 from library.spe.recipe import SpeRecipe, gathered
 from library.spe.settings import Backbone, Encoding
 from library.spe.stability import laplacian_distance, noisy_cycles, relative_changes, without_one_edge
@@ -24,6 +24,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "SPE": {"method": "spe"},
     "SPE, phi = 1": {"method": "spe", "phi": "one"},
 }
+DOMAIN_ARMS = ("no encoding", "SignNet", "SPE")
+CUTS = ("scaffold", "size")
 
 
 class Study(BaseModel, frozen=True, extra="forbid"):
@@ -49,6 +51,10 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """Width of all parts of the counting networks."""
     layers: PositiveInt = 3
     """Layers of their outer networks and backbones."""
+    domain_steps: PositiveInt = 200
+    """Optimiser steps of each network that is tested on other scaffolds or sizes."""
+    domain_batch: PositiveInt = 32
+    """Molecules per step of those."""
 
 
 def weight_noise(study: Study, seed: int) -> list[dict[str, Any]]:
@@ -90,17 +96,53 @@ def counting(study: Study, seed: int, arm: str) -> dict[str, Any]:
         lr=4e-3,
         warmup=study.steps // 10,
     )
-    network = recipe.model()
-    with files.scratch_folder() as folder:
-        load_tensors(network, fit(recipe, path=folder / "artifact").weights())
-    network.eval()
-    splits = recipe.datasets()
+    network, splits = _fitted(recipe), recipe.datasets()
     with torch.no_grad():
         found, targets = gathered(network, evaluation_batches(splits, splits.test, 128))
     errors = (found - (targets - network.centre) / network.scale).abs().mean(0)
     lengths = dict(zip((f"cycles{length}" for length in CYCLES), errors.tolist(), strict=True))
     weights = sum(parameter.numel() for parameter in network.parameters())
     return {"seed": seed, "encoding": arm, "weights": weights, **lengths}
+
+
+def other_domains(study: Study, seed: int, cut: str, arm: str) -> dict[str, Any]:
+    """A row: areas under the ROC curve on test molecules of known scaffolds or sizes (`cut`) and of others.
+
+    The weights are those of the last step: no part chooses anything.
+    """
+    encoding = Encoding(
+        eigenpairs=32,
+        width=study.width,
+        rho_layers=study.layers,
+        rho_hidden=study.width,
+        mlp_hidden=study.width,
+        norm="layer",
+        **ARMS[arm],
+    )
+    recipe = SpeRecipe(
+        seed=seed,
+        data=f"hiv-{cut}",
+        steps=study.domain_steps,
+        batch_size=study.domain_batch,
+        encoding=encoding,
+        backbone=Backbone(layers=study.layers, hidden=2 * study.width, join="concat"),
+        warmup=study.domain_steps // 10,
+    )
+    network, splits = _fitted(recipe), recipe.datasets()
+    areas = {
+        name: recipe.evaluate(network, evaluation_batches(splits, recipe.samples(part), 128))["auroc"]
+        for name, part in (("inside", "test"), ("outside", "ood_test"))
+    }
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    return {"seed": seed, "cut": cut, "encoding": arm, "weights": weights, **areas}
+
+
+def _fitted(recipe: SpeRecipe) -> GraphNetwork:
+    """The network of a recipe after its last step, in evaluation."""
+    network = recipe.model()
+    with files.scratch_folder() as folder:
+        load_tensors(network, fit(recipe, path=folder / "artifact").weights())
+    return network.eval()
 
 
 class CountingRecipe(SpeRecipe, frozen=True, extra="forbid"):

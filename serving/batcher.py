@@ -22,6 +22,7 @@ class Ticket:
     """A request that waits for its answer, and what it costs. Made in the event loop.
 
     model, batch, began, ended     which model answered, with how many requests in one call, from when to when
+    expired                        whether nobody waits any more because it took too long
     """
 
     def __init__(self, request: Any, cost: int, *, wants_progress: bool = False):
@@ -31,6 +32,7 @@ class Ticket:
         self.events: asyncio.Queue[Progress | None] | None = asyncio.Queue() if wants_progress else None
         self.arrived = time.perf_counter()
         self.model, self.batch, self.began, self.ended = "", 0, 0.0, 0.0
+        self.expired = False
         if self.events is not None:
             self.answer.add_done_callback(lambda _: self.events.put_nowait(None))  # after the last progress
 
@@ -69,19 +71,23 @@ class Ticket:
         """Nobody waits any more; in the event loop."""
         self.answer.cancel()
 
+    def expire(self) -> None:
+        """Likewise, because it took too long."""
+        self.expired = self.answer.cancel()
+
 
 class Batcher:
     """Gathers tickets and calls `run` with a batch of them in the model's thread, one batch at a time.
 
     limit    most that the tickets of a batch may cost together; one that costs more goes alone
-    wait_s   how long a batch waits for company when the one before had some: clients that come together, come again
+    wait_s   how long a batch waits for as many as were in the one before: clients that come together, come again
     """
 
     def __init__(self, run: Callable[[Sequence[Ticket]], None], *, limit: int, wait_s: float, name: str):
         self.run, self.limit, self.wait_s = run, limit, wait_s
         self.waiting: deque[Ticket] = deque()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._company = False
+        self._company = 0
         self._work: asyncio.Task[None] | None = None
 
     def put(self, ticket: Ticket) -> None:
@@ -98,10 +104,10 @@ class Batcher:
     async def _run_all(self) -> None:
         loop = asyncio.get_running_loop()
         while self.waiting:
-            if self._company and self.wait_s and sum(ticket.cost for ticket in self.waiting) < self.limit:
+            if len(self.waiting) < self._company and sum(ticket.cost for ticket in self.waiting) < self.limit:
                 await asyncio.sleep(self.wait_s)
             batch = self._take()
-            self._company = len(batch) > 1
+            self._company = len(batch)
             if not batch:
                 continue
             try:

@@ -28,11 +28,12 @@ LONGEST_ID = 128
 class Gate:
     """ASGI middleware around the application of one endpoint.
 
-    `token_digest` is the SHA-256 of the token that all but the paths in OPEN need, None when none is needed.
+    `predict` answers `POST /predict`, the application everything else. `token_digest` is the SHA-256 of the token that
+    all but the paths in OPEN need, None when none is needed.
     """
 
-    def __init__(self, app: ASGIApp, *, service: "Service", token_digest: str | None):
-        self.app, self.service, self.token_digest = app, service, token_digest
+    def __init__(self, app: ASGIApp, *, service: "Service", token_digest: str | None, predict: ASGIApp):
+        self.app, self.service, self.token_digest, self.predict = app, service, token_digest, predict
         self.max_body_bytes = service.args.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,16 +48,18 @@ class Gate:
             0 < len(given) <= LONGEST_ID and given.isprintable()
         )  # Serve's proxy makes one, and sends it back itself
         request_id = given if named else uuid.uuid4().hex
-        headers["x-request-id"] = request_id
+        if not named:
+            headers["x-request-id"] = request_id
+        wanted = scope["method"] == "POST" and self._path(scope) == "/predict"
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                outgoing = MutableHeaders(scope=message)
-                outgoing["X-Prism-Model"] = self._model(scope)
+                own = [(b"x-prism-model", self._model(scope).encode("latin-1"))]
                 if not named:
-                    outgoing["X-Request-Id"] = request_id
+                    own.append((b"x-request-id", request_id.encode("latin-1")))
+                message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
         try:
@@ -64,7 +67,7 @@ class Gate:
             if refusal is not None:
                 await refusal(scope, receive, answer)
                 return
-            await self.app(scope, self._limited(receive), answer)
+            await (self.predict if wanted else self.app)(scope, self._limited(receive), answer)
         except Exception as error:
             LOG.exception("request %s failed unexpectedly", request_id)
             if status:
@@ -99,7 +102,7 @@ class Gate:
             fields |= ticket.record()
         line = "%s %s/%s %s %s ms %s"
         values = (scope["method"], name, path[1:200], status, fields["ms"], request_id)
-        LOG.info(line, *values, extra={"serve_access_log": True, **fields})
+        LOG.info(line, *values, extra={"serve_access_log": True, "log_to_stderr": False, **fields})
 
     @staticmethod
     def _path(scope: Scope) -> str:

@@ -79,14 +79,18 @@ class Replica:
 
         Its place in the batch is given up after the time limit, or when who waits for it here is cancelled.
         """
+        timer = ticket.loop.call_later(ticket.left(self.args.timeout_s), ticket.expire)
         try:
-            outcome = await asyncio.wait_for(ticket.answer, ticket.left(self.args.timeout_s))
-        except TimeoutError:
-            raise Late(f"no answer within {self.args.timeout_s:g} seconds; ask for less, or retry later") from None
+            outcome = await ticket.answer
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():
                 raise
+            if ticket.expired:
+                text = f"no answer within {self.args.timeout_s:g} seconds; ask for less, or retry later"
+                raise Late(text) from None
             raise Gone("the client has gone away") from None
+        finally:
+            timer.cancel()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -1,20 +1,21 @@
 """The HTTP routes of one endpoint and the page that documents them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Body, FastAPI, Request, Response, Security
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import payloads
 from serving.batcher import Ticket
 from serving.endpoint import has_steps
 from serving.gate import TICKET, Gate
 from serving.metrics import Meter
-from serving.problems import MEANINGS, Problem, handle_problems, problem_response, request_id
+from serving.problems import EXPECTED, MEANINGS, Problem, handle_problems, problem_of, problem_response, request_id
 from serving.settings import EndpointArgs
 from serving.streams import ANSWERS, cancelled_on_disconnect, event_stream, wants_events
 from serving.updates import Loaded, Refusal
@@ -88,13 +89,13 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
         redoc_url=None,
     )
     handle_problems(app)
-    app.add_middleware(Gate, service=service, token_digest=token_digest)
+    app.add_middleware(Gate, service=service, token_digest=token_digest, predict=_predictor(service))
     guarded = [Security(HTTPBearer(auto_error=False))] if token_digest else []  # for the page: Gate does the checking
     refused = (401,) if token_digest else ()
     examples = {name: {"value": value} for name, value in endpoint.examples.items()}
 
     async def predict(body: Annotated[endpoint.Request, Body(openapi_examples=examples)]) -> BaseModel:
-        raise NotImplementedError  # for the page; `_predictor` is what runs
+        raise NotImplementedError  # for the page; Gate hands requests to `_predictor`
 
     app.router.add_api_route(
         "/predict",
@@ -105,7 +106,6 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
         dependencies=guarded,
         summary=endpoint.summary,
         openapi_extra={"requestBody": {"content": {kind: {"schema": BINARY} for kind in endpoint.media}}},
-        route_class_override=_answered_by(_predictor(service)),
     )
 
     @app.get(
@@ -139,42 +139,56 @@ def application(service: Service, token_digest: str | None) -> FastAPI:
     return app
 
 
-def _predictor(service: Service) -> Callable[[Request], Awaitable[Response]]:
-    """What answers `predict`: the body is read as what it says it is, and the answer is written once."""
+def _predictor(service: Service) -> ASGIApp:
+    """What answers `POST /predict`: the body is read as what it says it is, and the answer is written once.
+
+    It stands beside the router, which with FastAPI's own layers costs more than all of this.
+    """
     endpoint = type(service.current.endpoint)
     steps = has_steps(service.current.endpoint)
 
-    async def predict(request: Request) -> Response:
-        content = await request.body()
-        arguments = (endpoint, request.headers.get("content-type"), request.query_params, content)
+    async def respond(scope: Scope, receive: Receive) -> Response:
+        content = await _body(receive)
+        headers = Headers(scope=scope)
+        query = QueryParams(scope["query_string"]) if scope["query_string"] else {}
+        arguments = (endpoint, headers.get("content-type"), query, content)
         if len(content) > LARGE:
             asked = await asyncio.to_thread(payloads.read, *arguments)
         else:
             asked = payloads.read(*arguments)
-        events = wants_events(request.headers)
-        ticket = request.scope[TICKET] = service.accept(asked, wants_progress=events)
+        events = wants_events(headers)
+        ticket = scope[TICKET] = service.accept(asked, wants_progress=events)
         if events:
-            return await event_stream(service.answer(ticket), ticket, request)
+            return await event_stream(service.answer(ticket), ticket, Request(scope, receive))
         if not steps:
             return _json(await service.answer(ticket))
-        async with cancelled_on_disconnect(ticket, request.receive):
+        async with cancelled_on_disconnect(ticket, receive):
             return _json(await service.answer(ticket))
+
+    async def predict(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await respond(scope, receive)
+        except EXPECTED as error:
+            response = problem_of(request_id(Request(scope)), error)
+        await response(scope, receive, send)
 
     return predict
 
 
+async def _body(receive: Receive) -> bytes:
+    """The whole body. Raises ClientDisconnect."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type=payloads.JSON)
-
-
-def _answered_by(handler: Callable[[Request], Awaitable[Response]]) -> type[APIRoute]:
-    """A route that is documented by its function and answered by `handler`."""
-
-    class Route(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-            return handler
-
-    return Route
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from library.drawing import blank, open_frame
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -19,13 +21,12 @@ def table(curves: Curves) -> "pd.DataFrame":
 
 def figure(curves: Curves, *, title: str) -> "Figure":
     """The loss and its validation in one panel, every further metric in its own."""
-    from matplotlib.figure import Figure
 
     apart = [name for name in curves if name not in ("loss", "validation_loss", "epoch", "ees_standard_error")]
     panels = ["loss", *apart]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    drawn = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+    drawn = blank(4.2 * columns, 2.8 * rows)
     axes = drawn.subplots(rows, columns, squeeze=False).flat
     for axis, name in zip(axes, panels, strict=False):
         for part in ("loss", "validation_loss") if name == "loss" else (name,):
@@ -37,7 +38,7 @@ def figure(curves: Curves, *, title: str) -> "Figure":
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
         if name == "loss" and "validation_loss" in curves:
             axis.legend(["training", "validation"], fontsize=8, frameon=False)
     for axis in list(axes)[len(panels) :]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.diffspectra.closed_set import OTHER, OWN
 from library.diffspectra.study import ARMS, SPECTRA
+from library.drawing import blank, open_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,7 @@ SMOOTHED = 20  # steps of training that a curve averages over
 
 def overview(bars: "pd.DataFrame", arms: "pd.DataFrame") -> "Figure":
     """The picture of the method: what spectra tell, and the losses of networks that differ in one thing."""
-    drawn = _figure(10, 3.8)
+    drawn = blank(10, 3.8)
     left, right = drawn.subplots(1, 2, width_ratios=(1, 1.5))
     _bars(left, bars)
     _losses(right, arms)
@@ -27,21 +28,21 @@ def overview(bars: "pd.DataFrame", arms: "pd.DataFrame") -> "Figure":
 
 def spectra_figure(bars: "pd.DataFrame") -> "Figure":
     """What kernel ridge regression reads off some or all of the spectra."""
-    drawn = _figure(6.4, 3.8)
+    drawn = blank(6.4, 3.8)
     _bars(drawn.subplots(), bars)
     return drawn
 
 
 def losses_figure(arms: "pd.DataFrame") -> "Figure":
     """Losses on held-out molecules, each in units of the mean of `all`, a point per seed."""
-    drawn = _figure(7.6, 4)
+    drawn = blank(7.6, 4)
     _losses(drawn.subplots(), arms)
     return drawn
 
 
 def curves_figure(curves: "pd.DataFrame") -> "Figure":
     """The loss in training by step, a mean over the last steps and over seeds."""
-    drawn = _figure(7.6, 4)
+    drawn = blank(7.6, 4)
     axis = drawn.subplots()
     for arm in ARMS:
         own = curves[curves["arm"] == arm].groupby("step")["loss"].mean()
@@ -51,13 +52,13 @@ def curves_figure(curves: "pd.DataFrame") -> "Figure":
     axis.set_xlabel("step")
     axis.set_ylabel(f"training loss, mean of {SMOOTHED} steps")
     axis.legend(frameon=False, fontsize=8)
-    _plain(axis)
+    open_frame(axis)
     return drawn
 
 
 def answers_figure(right: Mapping[str, float]) -> "Figure":
     """Accuracies that right answers and their mirror images get."""
-    drawn = _figure(6.4, 2.8)
+    drawn = blank(6.4, 2.8)
     axis = drawn.subplots()
     names = {
         "paper_smiles": "released, SMILES",
@@ -71,13 +72,13 @@ def answers_figure(right: Mapping[str, float]) -> "Figure":
         axis.text(0.01, place, label, va="center", fontsize=9, color="white")
     axis.set(xlim=(0, 1.1), yticks=[], xlabel="accuracy of right answers and their mirror images")
     axis.invert_yaxis()
-    _plain(axis)
+    open_frame(axis)
     return drawn
 
 
 def closed_set_figure(answers: "pd.DataFrame") -> "Figure":
     """Shares of samples and molecules that are right, by the own and by another's spectra, a point per seed."""
-    drawn = _figure(6.4, 3.2)
+    drawn = blank(6.4, 3.2)
     axis = drawn.subplots()
     names = {"formula": "formula right,\nof samples", "constitution": "constitution right,\nof samples"}
     names |= {"found": "found,\nof molecules"}
@@ -90,7 +91,7 @@ def closed_set_figure(answers: "pd.DataFrame") -> "Figure":
     axis.set_xticks(range(len(names)), names.values())
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.legend(frameon=False)
-    _plain(axis)
+    open_frame(axis)
     return drawn
 
 
@@ -118,7 +119,7 @@ def _bars(axis: "Axes", bars: "pd.DataFrame") -> None:
     axis.set_xticks(range(len(names)), names.values(), fontsize=8)
     axis.set(ylim=(0, 1), ylabel="of test molecules, kernel ridge")
     axis.legend(frameon=False, fontsize=8, ncols=2)
-    _plain(axis)
+    open_frame(axis)
 
 
 def _losses(axis: "Axes", arms: "pd.DataFrame") -> None:
@@ -133,14 +134,4 @@ def _losses(axis: "Axes", arms: "pd.DataFrame") -> None:
     axis.set_xticks(range(len(LOSSES)), LOSSES.values())
     axis.set(ylabel="held-out loss, that with all spectra is 1")
     axis.legend(frameon=False, fontsize=8, ncols=2)
-    _plain(axis)
-
-
-def _plain(axis: "Axes") -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    open_frame(axis)

@@ -13,6 +13,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from cluster import connect, registry, storage
 from jobs.job import Job
 from jobs.report import Report
+from library.drawing import blank, open_frame
 from library.errors import InputError, PrismError
 from library.farms.analysis import Settings, analyze_layer
 from library.farms.layers import Layer, find_layers
@@ -137,9 +138,8 @@ def place_of_model(model: str) -> str | Path:
 
 def exponents_figure(tables: "dict[str, pd.DataFrame]") -> "Figure":
     """The exponent of each layer with two standard errors, beside what an untrained one of that shape would have."""
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(9.6, 3.6), layout="constrained")
+    drawn = blank(9.6, 3.6)
     axis = drawn.subplots()
     colours = {"layers": "#D55E00", "plain": "#8a8a8a"}
     names = {"layers": "windows", "plain": "whole matrices"}
@@ -152,7 +152,7 @@ def exponents_figure(tables: "dict[str, pd.DataFrame]") -> "Figure":
         axis.plot(places, table["mp_alpha"], color=colours[name], lw=0.9, ls=":")
     axis.set_xlabel("layer, in the model's order (dotted: untrained, median rule)")
     axis.set_ylabel("alpha (larger: lighter tail)")
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     if len(tables) > 1:
         axis.legend(frameon=False)
     return drawn

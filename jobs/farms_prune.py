@@ -19,6 +19,7 @@ from jobs.training import Scaling
 from jobs.workers import Workers, check_fits
 from library import collective, files, order
 from library.artifact import write_artifact
+from library.drawing import blank, open_frame
 from library.errors import InputError, PrismError
 from library.farms.prune import Pruned, Pruning, Texts, prune_causal_lm
 from library.language import material, pythia
@@ -235,9 +236,8 @@ def _choices(pruned: Pruned) -> Any:
 
 def ratios_figure(pruned: Pruned) -> "Figure":
     """The exponent of each layer, and the share of it that was pruned."""
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(9.6, 4.2), layout="constrained")
+    drawn = blank(9.6, 4.2)
     above, below = drawn.subplots(2, 1, sharex=True)
     places = range(len(pruned.layers))
     above.plot(places, pruned.layers["alpha"], "o", ms=3, color="#0072B2")
@@ -247,5 +247,5 @@ def ratios_figure(pruned: Pruned) -> "Figure":
     below.set_ylabel("share pruned")
     below.set_xlabel("layer, in the model's order (dotted: all layers)")
     for axis in (above, below):
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     return drawn

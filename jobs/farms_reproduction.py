@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, NonNegativeInt
 
 from jobs.reproduce import Claim, Outcome, Reproduction, gather, mean_and_deviation, verdict
+from library.drawing import blank, open_frame
 from library.farms import study as experiments
 from library.farms.study import ARMS, METHODS, Study, rank_correlation
 
@@ -242,7 +243,7 @@ def pruning_claim(pruning: "pd.DataFrame", study: Study) -> Claim:
 
 def overview(shapes: "pd.DataFrame", heaviness: "pd.DataFrame") -> "Figure":
     """The picture of the method: exponents of untrained matrices by shape, and correlation with planted heaviness."""
-    drawn = _figure(9.6, 3.7)
+    drawn = blank(9.6, 3.7)
     left, right = drawn.subplots(1, 2)
     _shapes(left, shapes)
     _correlations(right, correlations(heaviness))
@@ -251,26 +252,26 @@ def overview(shapes: "pd.DataFrame", heaviness: "pd.DataFrame") -> "Figure":
 
 def shapes_figure(shapes: "pd.DataFrame") -> "Figure":
     """Exponents over the aspect ratio, with the law's curve."""
-    drawn = _figure(7.2, 3.9)
+    drawn = blank(7.2, 3.9)
     _shapes(drawn.subplots(), shapes)
     return drawn
 
 
 def heaviness_figure(heaviness: "pd.DataFrame") -> "Figure":
     """Exponents over planted heaviness, a panel per method."""
-    drawn = _figure(9.6, 3.4)
+    drawn = blank(9.6, 3.4)
     for axis, name in zip(drawn.subplots(1, len(METHODS), sharex=True), METHODS, strict=True):
         axis.plot(heaviness["heaviness"], heaviness[name], "o", ms=3, color=COLOURS[name])
         axis.set_title(name, loc="left", fontsize=9)
         axis.set_xlabel("planted heaviness")
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     drawn.axes[0].set_ylabel("exponent")
     return drawn
 
 
 def pruning_figure(pruning: "pd.DataFrame") -> "Figure":
     """Test accuracy after pruning, a point per seed, lines join a seed's arms."""
-    drawn = _figure(8.4, 3.6)
+    drawn = blank(8.4, 3.6)
     for axis, pruner in zip(drawn.subplots(1, 2, sharey=True), ("wanda", "magnitude"), strict=True):
         table = accuracies(pruning, pruner)[list(ARMS)]
         axis.plot(range(len(ARMS)), table.T.to_numpy(), color="0.8", lw=1)
@@ -278,7 +279,7 @@ def pruning_figure(pruning: "pd.DataFrame") -> "Figure":
             axis.plot([place] * len(table), table[arm], "o", color=COLOURS[arm])
         axis.set_xticks(range(len(ARMS)), [arm.replace(", ", "\n") for arm in ARMS])
         axis.set_title(pruner, loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     drawn.axes[0].set_ylabel("test accuracy")
     return drawn
 
@@ -295,7 +296,7 @@ def _shapes(axis: "Axes", shapes: "pd.DataFrame") -> None:
     axis.set_xscale("log", base=2)
     axis.set_xlabel("longer over shorter side")
     axis.set_ylabel("exponent of an untrained matrix")
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.legend(frameon=False)
 
 
@@ -307,10 +308,4 @@ def _correlations(axis: "Axes", found: Mapping[str, list[float]]) -> None:
     axis.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found])
     axis.set_ylim(-1.05, 0.6)
     axis.set_ylabel("rank correlation with planted heaviness")
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    open_frame(axis)

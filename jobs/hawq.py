@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from cluster import connect, registry, storage
 from jobs.report import Report
 from jobs.training import TrainingJob
+from library.drawing import blank, open_frame
 from library.hawq.recipe import HawqRecipe
 from library.images.networks import is_pretrained
 from library.images.recipe import ClassifierRecipe
@@ -193,7 +194,6 @@ def bits_table(found: "Sensitivity", plan: "BitPlan") -> "pd.DataFrame":
 
 def frontier_figure(recipe: "QuantizedRecipe", found: "Sensitivity", plan: "BitPlan") -> "Figure":
     """The exact frontier of Omega against cost, with the chosen setting and equal bits everywhere."""
-    from matplotlib.figure import Figure
 
     from library.hawq.costs import BitChoice
     from library.hawq.plan import explicit_plan, frontier
@@ -202,7 +202,7 @@ def frontier_figure(recipe: "QuantizedRecipe", found: "Sensitivity", plan: "BitP
     choices = [BitChoice(b, activation) for b in recipe.bits]
     budget = recipe.limit()
     front = frontier(found, budget, choices=choices)
-    drawn = Figure(figsize=(6.4, 3.6), layout="constrained")
+    drawn = blank(6.4, 3.6)
     axis = drawn.subplots()
     axis.step(
         front.frontier.cost / front.most, front.frontier.omega, where="post", color="#D55E00", label="exact frontier"
@@ -214,6 +214,6 @@ def frontier_figure(recipe: "QuantizedRecipe", found: "Sensitivity", plan: "BitP
         [plan.selection.cost / front.most], [plan.omega], marker="*", s=120, color="black", zorder=4, label="chosen"
     )
     axis.set(yscale="log", xlabel=f"{budget.kind}, share of the most bits", ylabel="Omega")
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.legend(frameon=False, fontsize=8)
     return drawn

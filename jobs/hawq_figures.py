@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from library.drawing import blank, open_frame
 from library.hawq.study import FIRST, INVERSE, METHOD, PLAIN, RANDOM, UNIFORM, Study
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ COLOURS = {  # Okabe and Ito's, told apart by people who see colours differently
 
 def overview(ranks: "pd.DataFrame", settings: "pd.DataFrame", study: Study) -> "Figure":
     """How well each metric ranks settings of one size, and the loss of what each chooses; a point per seed."""
-    drawn = _figure(9.6, 3.9)
+    drawn = blank(9.6, 3.9)
     left, right = drawn.subplots(1, 2)
     mean = study.mean_bits[0]
     own = ranks[ranks["mean_bits"] == mean]
@@ -45,7 +46,7 @@ def overview(ranks: "pd.DataFrame", settings: "pd.DataFrame", study: Study) -> "
 
 def validity(checks: "pd.DataFrame") -> "Figure":
     """The true change of the loss against Omega / 2; between the dotted lines they agree within a factor of 4."""
-    drawn = _figure(5.6, 4.2)
+    drawn = blank(5.6, 4.2)
     axis = drawn.subplots()
     for choice, rows in checks.groupby("choice"):
         axis.scatter(rows["predicted"], rows["true"].abs(), color=COLOURS[choice], label=choice, s=26)
@@ -69,12 +70,6 @@ def _points(axis: "Axes", groups: "dict[str, pd.Series]") -> None:
 
 
 def _tidy(axis: "Axes") -> None:
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.set_axisbelow(True)
     axis.grid(axis="x" if axis.get_xscale() == "linear" else "both", color="#e6e6e6", lw=0.8)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

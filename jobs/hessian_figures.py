@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from jobs.hessian_grid import EXPERIMENTS, Findings, Grid, estimate_table, network_table
+from library.drawing import blank, open_frame
 from library.hessian.basins import LINES
 from library.hessian.picture import BULK, GAUSS_NEWTON, OUTLIER, draw_spectrum
 from library.hessian.study import Measured
@@ -202,16 +203,15 @@ def _shades(count: int) -> list[str]:
 def _figure(
     width: float, height: float, columns: int, ratios: Sequence[float] | None = None
 ) -> "tuple[Figure, list[Axes]]":
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(width, height), layout="constrained")
+    drawn = blank(width, height)
     axes = drawn.subplots(1, columns, width_ratios=ratios, squeeze=False)
     return drawn, list(axes[0])
 
 
 def _tidy(drawn: "Figure") -> "Figure":
     for axis in drawn.axes:
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
         axis.tick_params(labelsize=8)
         axis.title.set_fontsize(10)
     return drawn

@@ -13,6 +13,7 @@ from jobs.job import Job
 from jobs.report import Report
 from jobs.reproduce import gather
 from library import files
+from library.drawing import blank, open_frame
 from library.errors import InputError
 from library.qrc.nowcast import Curves, Nowcast
 from library.qrc.recipe import QrcRecipe
@@ -345,10 +346,9 @@ def _dose_response(task: Nowcast, rates: "Tensor") -> dict[str, float]:
 def sample_figure(model: "Forecaster", material: Material, level: float) -> "Figure":
     """A stretch of the first test series with its prediction and interval."""
     import numpy as np
-    from matplotlib.figure import Figure
 
     x, y = material.parts["test"]
-    drawn = Figure(figsize=(8.0, 3.2), layout="constrained")
+    drawn = blank(8.0, 3.2)
     axis = drawn.subplots()
     target = material.schema.target
     if y is None:
@@ -381,6 +381,6 @@ def sample_figure(model: "Forecaster", material: Material, level: float) -> "Fig
         )
         shown = f"log10 of {target.name}, {target.unit}" if target.logarithmic else f"{target.name}, {target.unit}"
         axis.set(xlabel="hours", ylabel=shown)
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.legend(frameon=False, fontsize=8, ncols=3)
     return drawn

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jobs.qrc_claims import CONTROL, GREEDY, HYBRID, MEMORYLESS, SIMPLE, STACKED, TRIPLES
+from library.drawing import blank, open_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,7 @@ def overview(nowcast: "pd.DataFrame", qubits: int) -> "Figure":
     from library.qrc.figures import draw_disk
     from library.qrc.reservoir import QuantumReservoir
 
-    drawn = _figure(10.0, 4.2)
+    drawn = blank(10.0, 4.2)
     disk, errors = drawn.subplots(1, 2, width_ratios=[1, 1.5])
     still = {"qubits": qubits, "pairs": "line", "scale": 0.2, "bias": -0.1}
     half = torch.full((1, 1), 0.5, dtype=torch.float64)
@@ -42,7 +43,7 @@ def spectra_figure(qubits: int) -> "Figure":
 
 def models_figure(table: "pd.DataFrame", *, median: bool = False) -> "Figure":
     """Test error of each model, a point per seed and a line at their mean, or median."""
-    drawn = _figure(8.4, 0.32 * table["model"].nunique() + 0.9)
+    drawn = blank(8.4, 0.32 * table["model"].nunique() + 0.9)
     _models(drawn.subplots(), table, median=median)
     return drawn
 
@@ -51,7 +52,7 @@ def scales_figure(table: "pd.DataFrame") -> "Figure":
     """The same for each task, on a logarithmic axis where errors differ by more than ten times."""
     from matplotlib.ticker import NullFormatter
 
-    drawn = _figure(11.0, 0.32 * table["model"].nunique() + 1.1)
+    drawn = blank(11.0, 0.32 * table["model"].nunique() + 1.1)
     tasks = table["task"].unique()
     for axis, task in zip(drawn.subplots(1, len(tasks), sharey=True), tasks, strict=True):
         _models(axis, table[table["task"] == task])
@@ -65,7 +66,7 @@ def scales_figure(table: "pd.DataFrame") -> "Figure":
 
 def shots_figure(table: "pd.DataFrame") -> "Figure":
     """Error over shots, a line per input scale, with and without the inputs shown to the read-out."""
-    drawn = _figure(7.2, 3.8)
+    drawn = blank(7.2, 3.8)
     axis = drawn.subplots()
     part = table[table["model"] != MEMORYLESS]
     counts = sorted(part["shots"].dropna().unique())
@@ -84,7 +85,7 @@ def shots_figure(table: "pd.DataFrame") -> "Figure":
     axis.text(len(counts), linear, "linear, no memory", ha="right", va="bottom", fontsize=8)
     axis.set_xticks(places, [*(f"{count:.0f}" for count in counts), "exact"])
     axis.set(xlabel="shots per step and reservoir", ylabel="test NRMSE")
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.legend(frameon=False, fontsize=8)
     return drawn
 
@@ -100,7 +101,7 @@ def _models(axis: "Axes", table: "pd.DataFrame", *, median: bool = False) -> Non
     axis.set_xlabel("test NRMSE")
     axis.grid(axis="x", color="0.9", lw=0.8)
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
 
 
 def _sort(model: str) -> str:
@@ -109,9 +110,3 @@ def _sort(model: str) -> str:
     if model.startswith("onion ESN"):
         return "ESN"
     return "other" if model.startswith(("linear", "persistence")) else "quantum"
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

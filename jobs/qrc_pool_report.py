@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jobs.qrc_trials import Batch, Evaluated
+from library.drawing import blank, open_frame
 from tune_spaces.qrc import reservoir
 from tune_spaces.space import Choice, Domain, Real
 
@@ -45,12 +46,11 @@ def pool_table(trials: Sequence[Evaluated]) -> "pd.DataFrame":
 def pool_figure(trials: Sequence[Evaluated], whole: int, varies: Mapping[str, Domain]) -> "Figure":
     """A panel per field: validation NRMSE of the configurations that came to the last rung, the best in colour."""
     import numpy as np
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     ended = sorted((trial for trial in trials if whole in trial.errors), key=lambda trial: trial.errors[whole])
     errors = [trial.errors[whole] for trial in ended]
-    drawn = Figure(figsize=(12.0, 5.2), layout="constrained")
+    drawn = blank(12.0, 5.2)
     jitter = np.random.default_rng(0).uniform(-0.25, 0.25, len(ended))
     for axis, (name, domain) in zip(drawn.subplots(2, 5, sharey=True).flat, varies.items(), strict=True):
         values = [trial.values[name] for trial in ended]
@@ -72,7 +72,7 @@ def pool_figure(trials: Sequence[Evaluated], whole: int, varies: Mapping[str, Do
         axis.scatter(values[:BEST], errors[:BEST], s=9, color="#D55E00")
         axis.set_xlabel(name, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     for axis in drawn.axes[::5]:
         axis.set_ylabel("validation NRMSE", fontsize=9)
     return drawn

@@ -7,6 +7,7 @@ from pydantic import PositiveInt, field_validator
 from jobs.held_out import measured, save_again
 from jobs.report import Report
 from jobs.training import TrainingJob
+from library.drawing import blank, open_frame
 from library.rqgnn.data import load_graphs
 from library.rqgnn.recipe import RqgnnRecipe
 
@@ -80,9 +81,8 @@ def held_out(artifact: str, recipe: RqgnnRecipe) -> "tuple[dict[str, float], lis
 
 def reliability_figure(bins: "list[tuple[float, float, int]]") -> "Figure":
     """Share of anomalies over calibrated probability, with two standard errors; on the diagonal it keeps its word."""
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(4.4, 4.0), layout="constrained")
+    drawn = blank(4.4, 4.0)
     axis = drawn.subplots()
     predicted, seen, counts = zip(*bins, strict=True)
     errors = [2 * (max(share * (1 - share), 1e-9) / count) ** 0.5 for share, count in zip(seen, counts, strict=True)]
@@ -91,5 +91,5 @@ def reliability_figure(bins: "list[tuple[float, float, int]]") -> "Figure":
     axis.errorbar(predicted, seen, errors, fmt="o", color="#D55E00", ms=4, lw=1)
     axis.set_xlabel("calibrated probability, mean of a tenth of the graphs")
     axis.set_ylabel("share of anomalous test graphs")
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     return drawn

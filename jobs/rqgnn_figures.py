@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from library.drawing import blank, open_frame
 from library.rqgnn.study import ARMS, CANDIDATES, REGRESSIONS
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ CLASSES = ((0, "normal", "#0072B2"), (1, "anomalous", "#D55E00"))
 
 def overview(results: "pd.DataFrame", curves: "pd.DataFrame") -> "Figure":
     """The picture of the method: energy curves of one kind of atom, and what every network reaches on one set."""
-    drawn = _figure(10.4, 4.0)
+    drawn = blank(10.4, 4.0)
     left, right = drawn.subplots(1, 2, width_ratios=(1, 1.1))
     kind = curves["kind"].iloc[0]
     _curves(left, curves[curves["kind"] == kind])
@@ -33,7 +34,7 @@ def overview(results: "pd.DataFrame", curves: "pd.DataFrame") -> "Figure":
 def networks_figure(results: "pd.DataFrame") -> "Figure":
     """Test AUC of every network, a panel per set, a point per seed."""
     sets = list(results["set"].unique())
-    drawn = _figure(11.5, 4.6)
+    drawn = blank(11.5, 4.6)
     order = [arm for arm in (*ARMS, *REGRESSIONS) if arm in set(results["arm"])]
     for axis, name in zip(drawn.subplots(1, len(sets), sharey=True, squeeze=False).flat, sets, strict=True):
         _areas(axis, results[results["set"] == name], order)
@@ -44,7 +45,7 @@ def networks_figure(results: "pd.DataFrame") -> "Figure":
 def curves_figure(curves: "pd.DataFrame", name: str) -> "Figure":
     """Mean accumulated energy of both classes with the middle half of the graphs, a panel per kind of atom."""
     kinds = list(dict.fromkeys(curves["kind"]))
-    drawn = _figure(11.0, 3.2)
+    drawn = blank(11.0, 3.2)
     drawn.suptitle(f"{name}, training graphs", x=0.01, ha="left", fontsize=10)
     for axis, kind in zip(drawn.subplots(1, len(kinds), sharey=True, squeeze=False).flat, kinds, strict=True):
         _curves(axis, curves[curves["kind"] == kind])
@@ -58,7 +59,7 @@ def curves_figure(curves: "pd.DataFrame", name: str) -> "Figure":
 def default_figure(results: "pd.DataFrame") -> "Figure":
     """How far the default is above the other candidates on validation graphs: a point per set and seed, the mean and
     two standard errors."""
-    drawn = _figure(8.0, 2.9)
+    drawn = blank(8.0, 2.9)
     axis = drawn.subplots()
     default, *others = CANDIDATES
     table = results.pivot_table("validation_auc", ["set", "seed"], "arm")
@@ -76,7 +77,7 @@ def default_figure(results: "pd.DataFrame") -> "Figure":
     axis.set_ylim(len(others) - 0.5, -0.5)
     axis.set_xlabel("validation AUC of the default minus the other's, points")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     return drawn
 
 
@@ -86,7 +87,7 @@ def _curves(axis: "Axes", curves: "pd.DataFrame") -> None:
         axis.fill_between(own["point"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
         axis.plot(own["point"], own["mean"], color=colour, lw=1.5, label=f"{name} ({own['graphs'].iloc[0]} graphs)")
     axis.set_xlim(0, 2)
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
 
 
 def _areas(axis: "Axes", results: "pd.DataFrame", order: "list[str] | None" = None) -> None:
@@ -102,10 +103,4 @@ def _areas(axis: "Axes", results: "pd.DataFrame", order: "list[str] | None" = No
     axis.set_xlabel("test AUC")
     axis.grid(axis="x", color="0.92")
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    open_frame(axis)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.pareto import costs, front, front_ranks, hypervolume
 from jobs.search import TrialRecord, told
+from library.drawing import blank, open_frame
 from tune_spaces.space import Choice, Real, Space
 
 if TYPE_CHECKING:
@@ -52,11 +53,10 @@ def importance(space: Space, records: list[TrialRecord]) -> "pd.DataFrame | None
 
 def figure(space: Space, records: list[TrialRecord]) -> "Figure":
     """One panel per field: finished trials filled, stopped ones hollow, those beyond the limit crossed."""
-    from matplotlib.figure import Figure
 
     columns = min(3, len(space.varies))
     rows = -(-len(space.varies) // columns)
-    drawn = Figure(figsize=(4.0 * columns, 2.8 * rows), layout="constrained")
+    drawn = blank(4.0 * columns, 2.8 * rows)
     axes = list(drawn.subplots(rows, columns, squeeze=False).flat)
     groups = {
         "finished": ("o", "C0", "C0"),
@@ -81,7 +81,7 @@ def figure(space: Space, records: list[TrialRecord]) -> "Figure":
             axis.set_xscale("log")
         axis.set_xlabel(path.rpartition(".")[2].replace("_", " "), fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     for axis in axes[::columns]:
         axis.set_ylabel(space.metric, fontsize=8)
     for axis in axes[len(space.varies) :]:
@@ -98,11 +98,10 @@ def front_figure(space: Space, records: list[TrialRecord]) -> "Figure":
     are open circles. Trials far worse than the baselines and most others are triangles at the edge.
     """
     import numpy as np
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     other = next(iter(space.others))
-    drawn = Figure(figsize=(7.2, 4.2), layout="constrained")
+    drawn = blank(7.2, 4.2)
     axis = drawn.subplots()
     ended = [record for record in records if record.state == "finished" and record.curve]
 
@@ -141,7 +140,7 @@ def front_figure(space: Space, records: list[TrialRecord]) -> "Figure":
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(NAMES.get(other, other.replace("_", " ")))
     axis.set_ylabel(space.metric.replace("_", " "))
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.legend(frameon=False, fontsize=8)
     return drawn
 

@@ -17,6 +17,7 @@ from jobs.report import Report
 from jobs.send_checkpoints import Source, find_checkpoints
 from jobs.send_measurement import Fault, Measured, measure_checkpoint, read_kept
 from library import files
+from library.drawing import blank, open_frame
 from library.errors import ArtifactError, InputError, PrismError
 from library.send.detection import DetectionSettings
 from library.send.dropout import Form, Layer
@@ -225,11 +226,10 @@ def _got(reference: Any, source: Source) -> Measured | Fault:
 
 def _spectrum(scores: Tensor, count: int) -> "Figure":
     """The sensitivities in falling order, and the share of their sum that the largest ones hold."""
-    from matplotlib.figure import Figure
 
     ordered = scores.sort(descending=True).values
     rank = range(1, len(ordered) + 1)
-    drawn = Figure(figsize=(8.4, 3.0), layout="constrained")
+    drawn = blank(8.4, 3.0)
     left, right = drawn.subplots(1, 2)
     left.semilogy(rank, ordered.clamp(min=torch.finfo(torch.float64).tiny).tolist(), lw=1.2)
     left.set_ylabel("sensitivity", fontsize=8)
@@ -239,15 +239,14 @@ def _spectrum(scores: Tensor, count: int) -> "Figure":
         axis.axvline(count, color="0.6", lw=0.8, ls="--")
         axis.set_xlabel("coordinates in falling order", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     return drawn
 
 
 def _oscillation(rows: "pd.DataFrame") -> "Figure":
     """EigenScore and EES with their standard errors, and the held-out loss, over the checkpoints."""
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(max(6.0, 0.45 * len(rows)), 6.0), layout="constrained")
+    drawn = blank(max(6.0, 0.45 * len(rows)), 6.0)
     places = range(len(rows))
     panels: tuple[Literal["eigenscore", "ees", "loss"], ...] = ("eigenscore", "ees", "loss")
     for axis, name in zip(drawn.subplots(3, 1, sharex=True), panels, strict=True):
@@ -255,6 +254,6 @@ def _oscillation(rows: "pd.DataFrame") -> "Figure":
         axis.errorbar(places, rows[name], yerr=errors, marker="o", ms=3, lw=1.2, capsize=2)
         axis.set_ylabel({"eigenscore": "EigenScore", "ees": "EES", "loss": "held-out loss"}[name], fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
     axis.set_xticks(list(places), rows["checkpoint"], rotation=60, ha="right")
     return drawn

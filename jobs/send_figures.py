@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs.send_claims import AUROCS
+from library.drawing import blank, open_frame
 from library.send.study import ARMS, RANDOM, RESAMPLED, SENSITIVE
 from library.send.timing import EES, EXACT, OFFICIAL
 
@@ -31,7 +32,7 @@ COLOURS = {  # Okabe and Ito's, told apart by people who see colours differently
 
 def overview(effects: "pd.DataFrame", times: "pd.DataFrame") -> "Figure":
     """The picture of the method: how much more than chance each choice lowers EigenScore, and what the score costs."""
-    drawn = _figure(9.6, 3.7)
+    drawn = blank(9.6, 3.7)
     left, right = drawn.subplots(1, 2)
     mean = effects.groupby(["choice", "fraction"])[["change", "deviation"]].mean()
     chance = mean.loc[RANDOM]
@@ -54,7 +55,7 @@ def overview(effects: "pd.DataFrame", times: "pd.DataFrame") -> "Figure":
 
 def effects_figure(effects: "pd.DataFrame") -> "Figure":
     """Claim A: a bar per choice and fraction; the random one with the deviation between its sets."""
-    drawn = _figure(9.6, 3.9)
+    drawn = blank(9.6, 3.9)
     axis = drawn.subplots()
     fixed = effects[~effects["choice"].str.endswith(RESAMPLED)]
     fractions = sorted(fixed["fraction"].unique())
@@ -77,7 +78,7 @@ def effects_figure(effects: "pd.DataFrame") -> "Figure":
 
 def training_figure(epochs: "pd.DataFrame", window: int) -> "Figure":
     """Claim B: curves over epochs, mean over seeds, with the seeds' range; nothing is dropped in the first window."""
-    drawn = _figure(9.6, 5.6)
+    drawn = blank(9.6, 5.6)
     panels = {
         "eigenscore": "EigenScore, mask removed",
         "eigenscore_masked": "EigenScore under the mask (artefact)",
@@ -101,7 +102,7 @@ def training_figure(epochs: "pd.DataFrame", window: int) -> "Figure":
 
 def times_figure(times: "pd.DataFrame") -> "Figure":
     """Claim C: seconds of each form against the width d and against the number of answers K."""
-    drawn = _figure(9.6, 3.7)
+    drawn = blank(9.6, 3.7)
     left, right = drawn.subplots(1, 2, sharey=True)
     _times(left, times, along="d", title="")
     _times(right, times, along="K", title="")
@@ -111,7 +112,7 @@ def times_figure(times: "pd.DataFrame") -> "Figure":
 
 def areas_figure(areas: "pd.DataFrame") -> "Figure":
     """Claim D: the area under the ROC curve of each score and seed, with two standard errors."""
-    drawn = _figure(9.6, 2.8)
+    drawn = blank(9.6, 2.8)
     axis = drawn.subplots()
     scores = list(areas["score"].unique())
     for place, score in enumerate(scores):
@@ -143,17 +144,11 @@ def _times(axis: "Axes", times: "pd.DataFrame", *, along: str, title: str) -> No
     axis.legend(frameon=False)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def tidy(figures: "Sequence[Figure]") -> None:
     """One look for all: no box, a light grid along the values, letters that a README's width leaves readable."""
     for drawn in figures:
         for axis in drawn.axes:
-            axis.spines[["top", "right"]].set_visible(False)
+            open_frame(axis)
             axis.set_axisbelow(True)
             axis.grid(axis="y", color="#e6e6e6", lw=0.8)
             axis.title.set_fontsize(11)

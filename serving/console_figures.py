@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from library.drawing import blank, open_frame
 from serving.console_page import BLUE, GREEN, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -205,11 +206,10 @@ def _short(name: str) -> str:
 
 
 def _panel(width: float = 4.4, height: float = 2.9) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(width, height), layout="constrained")
+    drawn = blank(width, height)
     axis = drawn.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.set_axisbelow(True)
     axis.grid(color="#e6e6e6", lw=0.8)
     axis.tick_params(labelsize=8)

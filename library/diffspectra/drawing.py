@@ -9,6 +9,7 @@ from torch import Tensor
 
 from library.diffspectra.lines import MODALITIES, UNITS, grid
 from library.diffspectra.ranking import Candidate
+from library.drawing import blank, open_frame
 from library.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,13 +28,12 @@ def candidates_figure(
 
     The candidate that is the `truth`, a SMILES as candidates have it, is framed. Raises InputError for no spectra.
     """
-    from matplotlib.figure import Figure
 
     shown = [modality for modality in MODALITIES if modality in spectra]
     if not shown:
         raise InputError(f"there are no spectra to draw; there may be {', '.join(MODALITIES)}")
     drawn = list(candidates[:MOST_DRAWN])
-    figure = Figure(figsize=(9, 5 if drawn else 2.8), layout="constrained")
+    figure = blank(9, 5 if drawn else 2.8)
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1)) if drawn else (figure, None)
     if title:
         figure.suptitle(title)
@@ -42,7 +42,7 @@ def candidates_figure(
         axes.plot(places, spectra[modality].cpu().numpy(), color=COLOURS[modality], linewidth=0.9)
         axes.set(title=TITLES[modality], xlabel=UNITS[modality].replace("cm-1", "cm⁻¹"), ylim=(0, None))
         axes.set_xlim(*places[[-1, 0] if modality == "ir" else [0, -1]])
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes)
     above.supylabel("log₁₀(1 + I)", fontsize="medium")
     if below is not None:
         for axes, candidate in zip(np.atleast_1d(below.subplots(1, max(3, len(drawn)))), drawn, strict=False):

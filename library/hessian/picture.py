@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from library.drawing import blank, open_frame
 from library.hessian.report import FLAT
 from library.spectral.density import Quadrature
 from library.spectral.smoothing import smoothed_density
@@ -20,15 +21,14 @@ BULK, OUTLIER, GAUSS_NEWTON = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's
 
 def spectrum_figure(report: "HessianReport") -> "Figure":
     """Left: numbers of eigenvalues over their size, band of two standard errors. Right: the top, and the layers."""
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(11.0, 4.2), layout="constrained")
+    drawn = blank(11.0, 4.2)
     parts = drawn.subplot_mosaic([["spectrum", "top"], ["spectrum", "layers"]], width_ratios=[1.7, 1])
     draw_spectrum(parts["spectrum"], report.spectrum, report.parameters, report.largest, report.outliers.by_gap)
     draw_top(parts["top"], report)
     draw_layers(parts["layers"], report)
     for axis in parts.values():
-        axis.spines[["top", "right"]].set_visible(False)
+        open_frame(axis)
         axis.tick_params(labelsize=8)
     return drawn
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.drawing import blank, open_frame
 from library.qrc.channel import ZERO, Spectrum, channel_spectrum
 from library.qrc.onion import time_scale_sweep
 from library.qrc.reservoir import QuantumReservoir
@@ -26,12 +27,11 @@ def onion_figure(
     `inputs` (inputs, channels) are the values at which the spectra are taken, by default 0.5; `names` label the
     reservoirs, by default what sets their time scale.
     """
-    from matplotlib.figure import Figure
 
     inputs = torch.full((1, 1), 0.5, dtype=torch.float64) if inputs is None else inputs
     spectra = [channel_spectrum(reservoir, inputs) for reservoir in reservoirs]
     labels = list(names or map(label, reservoirs))
-    drawn = Figure(figsize=(10.0, 4.4), layout="constrained")
+    drawn = blank(10.0, 4.4)
     disk, lasting = drawn.subplots(1, 2, width_ratios=[1, 1.25])
     draw_disk(disk, spectra)
     disk.set_title("Modes of memory: farther out lasts longer", loc="left", fontsize=10)
@@ -50,13 +50,12 @@ def knobs_figure(
     At an input that rotates nothing, of reservoirs like `template` (su2 by default), for every number of measured
     qubits: medians over seeds, bands from the lowest to the highest.
     """
-    from matplotlib.figure import Figure
 
     template = template or QuantumReservoir()
     still = QuantumReservoir(**template.model_dump() | {"scale": 0.2, "bias": -0.1, "mode": "persistent"})
     measured = range(1, template.qubits)
     sweep = time_scale_sweep(still, sigmas, measured, seeds)
-    drawn = Figure(figsize=(10.5, 6.4), layout="constrained")
+    drawn = blank(10.5, 6.4)
     top, bottom = drawn.subfigures(2, 1, height_ratios=[1, 1.15])
     shown = (sigmas[1], sigmas[len(sigmas) // 2], sigmas[-1])
     half = torch.full((1, 1), 0.5, dtype=torch.float64)
@@ -161,5 +160,5 @@ def _colours() -> list[str]:
 
 
 def _bare(axis: "Axes") -> None:
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)
     axis.tick_params(labelsize=8)

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from library.spe.study import ARMS, ENCODERS
+from library.drawing import blank, open_frame
+from library.spe.study import ARMS, CUTS, DOMAIN_ARMS, ENCODERS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,7 @@ LENGTHS = (3, 4, 5, 6)
 
 def overview(noise: "pd.DataFrame", counts: "pd.DataFrame") -> "Figure":
     """The picture of the method: changes under noise, and errors of counting."""
-    drawn = _figure(9.6, 3.8)
+    drawn = blank(9.6, 3.8)
     left, right = drawn.subplots(1, 2)
     _noise(left, noise)
     _counting(right, counts)
@@ -32,14 +33,14 @@ def overview(noise: "pd.DataFrame", counts: "pd.DataFrame") -> "Figure":
 
 def noise_figure(noise: "pd.DataFrame") -> "Figure":
     """Relative change of the encodings over the distance of the Laplacians, all seeds."""
-    drawn = _figure(7.2, 4.2)
+    drawn = blank(7.2, 4.2)
     _noise(drawn.subplots(), noise)
     return drawn
 
 
 def deletion_figure(deletion: "pd.DataFrame") -> "Figure":
     """How many molecules change by how much, a curve per encoder."""
-    drawn = _figure(7.2, 3.8)
+    drawn = blank(7.2, 3.8)
     axis = drawn.subplots()
     for name in ENCODERS:
         change = deletion[deletion["encoder"] == name]["change"].sort_values()
@@ -49,14 +50,32 @@ def deletion_figure(deletion: "pd.DataFrame") -> "Figure":
     axis.set_xlabel("relative change of the encodings when one bond is taken away")
     axis.set_ylabel("share of the molecules")
     axis.legend(frameon=False)
-    _plain(axis)
+    open_frame(axis)
     return drawn
 
 
 def counting_figure(counts: "pd.DataFrame") -> "Figure":
     """Normalised test error by length and encoding, a point per seed."""
-    drawn = _figure(7.6, 4.2)
+    drawn = blank(7.6, 4.2)
     _counting(drawn.subplots(), counts)
+    return drawn
+
+
+def domains_figure(domains: "pd.DataFrame") -> "Figure":
+    """Test AUROC on known and on other scaffolds and sizes, a line per seed."""
+    drawn = blank(7.6, 3.6)
+    for axis, cut in zip(drawn.subplots(1, len(CUTS), sharey=True), CUTS, strict=True):
+        for place, arm in enumerate(DOMAIN_ARMS):
+            own = domains[(domains["cut"] == cut) & (domains["encoding"] == arm)]
+            shift = 0.06 * (place - 1)
+            for row, (inside, outside) in enumerate(zip(own["inside"], own["outside"], strict=True)):
+                label = arm if row == 0 else None
+                axis.plot([shift, 1 + shift], [inside, outside], "o-", ms=4, lw=0.8, color=COLOURS[arm], label=label)
+        axis.set_xticks([0, 1], [f"known {cut}s", f"other {cut}s"])
+        axis.set_xlim(-0.35, 1.35)
+        open_frame(axis)
+    drawn.axes[0].set_ylabel("test AUROC")
+    drawn.axes[0].legend(frameon=False, fontsize=8)
     return drawn
 
 
@@ -71,7 +90,7 @@ def _noise(axis: "Axes", noise: "pd.DataFrame") -> None:
     axis.set_xlabel("distance of the Laplacians, Frobenius")
     axis.set_ylabel("relative change of the encodings")
     axis.legend(frameon=False, loc="lower right", fontsize=8)
-    _plain(axis)
+    open_frame(axis)
 
 
 def _counting(axis: "Axes", counts: "pd.DataFrame") -> None:
@@ -86,14 +105,4 @@ def _counting(axis: "Axes", counts: "pd.DataFrame") -> None:
     axis.set_xticks(range(len(LENGTHS)), [f"{length}-cycles" for length in LENGTHS])
     axis.set_ylabel("normalised test error")
     axis.legend(frameon=False, fontsize=8, ncols=2)
-    _plain(axis)
-
-
-def _plain(axis: "Axes") -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    open_frame(axis)

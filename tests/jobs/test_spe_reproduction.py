@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from jobs.spe_reproduction import SpeReproduction, counting_claim, deletion_claim, noise_claim, slopes
-from library.spe.study import ARMS, ENCODERS, Study
+from jobs.spe_reproduction import SpeReproduction, counting_claim, deletion_claim, domains_claim, noise_claim, slopes
+from library.spe.study import ARMS, CUTS, DOMAIN_ARMS, ENCODERS, Study
 
 
 @pytest.mark.ray
@@ -14,8 +14,11 @@ def test_a_quick_run_writes_the_document_and_its_figures(ray_cluster, tmp_path):
     for name in report.figures:
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
         assert name == "spe" or f"({name}.png)" in text
-    assert set(report.tables) == {"noise", "deletion", "counting"}
+    assert set(report.tables) == {"noise", "deletion", "counting", "domains"}
     assert set(report.tables["counting"]["encoding"]) == set(ARMS)
+    domains = report.tables["domains"]
+    assert set(domains["encoding"]) == set(DOMAIN_ARMS)
+    assert domains[["inside", "outside"]].stack().between(0, 1).all()
     assert "prism reproduce spe" in text
 
 
@@ -50,3 +53,18 @@ def test_outcomes_follow_from_the_numbers():
     assert "below SignNet: holds in all 8 cases" in good
     assert "below SPE, phi = 1: does not hold in any" in good
     assert bad.startswith("at most 0.6 of the error without encodings: does not hold in any of 8 cases")
+
+
+def test_domains_are_compared_seed_by_seed():
+    outside = {"no encoding": 0.6, "SignNet": 0.62, "SPE": 0.65}
+    rows = [
+        {"seed": seed, "cut": cut, "encoding": arm, "weights": 9, "inside": 0.7 + 0.1 * (arm == "SPE"), "outside": area}
+        for cut in CUTS
+        for arm, area in outside.items()
+        for seed in (0, 1)
+    ]
+    claim = domains_claim(pd.DataFrame(rows), Study())
+    assert "SPE above no encoding: holds in all 4 cuts and seeds" in claim.verdict
+    assert "SPE above SignNet: holds in all 4 cuts and seeds" in claim.verdict
+    assert "a smaller drop than SignNet's: does not hold in any of 4 cuts and seeds" in claim.verdict
+    assert "without encodings: 5.0 ± 0.0 points" in claim.findings[0]

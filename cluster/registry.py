@@ -34,6 +34,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ALIAS = re.compile(r"(?!latest$|[vV]\d+$)[\w-]+", re.ASCII)
 REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[\w-]+))?", re.ASCII)
+CHAMPION = "champion"  # the alias that endpoints serve
 FOREIGN_IN_KEY = re.compile(r"[^\w\-. :/]", re.ASCII)
 PARAMETERS_PER_CALL = 100  # MLflow's limits
 PARAMETER_LENGTH = 6000
@@ -180,6 +181,15 @@ def set_alias(name: str, alias: str, version: int) -> None:
     with session(location()) as client:
         _find(client, name, str(version), None)
         _move(client, name, alias, version)
+
+
+def crown_first(name: str, version: int) -> bool:
+    """Let models:/NAME@champion mean `version` unless it means one already; whether it was set."""
+    with session(location()) as client:
+        if CHAMPION in _model(client, name).aliases:
+            return False
+        _move(client, name, CHAMPION, version)
+    return True
 
 
 def roll_back(name: str, alias: str) -> int:

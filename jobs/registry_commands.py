@@ -51,7 +51,10 @@ class RegistryShow(Output):
 
 @dataclass(frozen=True)
 class RegistryPush(Output):
-    """Register the artifact in a folder, when the registry was down as it was made."""
+    """Register the artifact in a folder, when the registry was down as it was made.
+
+    As after a training, the first version of a model becomes its champion.
+    """
 
     folder: Positional[Path]
     """The artifact's folder, the one with artifact.json."""
@@ -66,8 +69,9 @@ class RegistryPush(Output):
 
         name = self.name or open_artifact(self.folder).kind
         version = registry.register(self.folder, name, aliases=[self.alias] if self.alias else [])
-        self.console().print(f"models:/{name}/{version}", highlight=False)
-        self.finish({"name": name, "version": version, "alias": self.alias})
+        crowned = registry.crown_first(name, version)
+        self.console().print(f"models:/{name}/{version}{', the champion' if crowned else ''}", highlight=False)
+        self.finish({"name": name, "version": version, "alias": self.alias, "champion": crowned})
         return SUCCESS
 
 

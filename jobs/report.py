@@ -68,8 +68,10 @@ class Report:
             raise ValueError("a report without an artifact has nothing to register")
         try:
             version = registry.register(registry.resolve(self.artifact), model, run=run)
-            if champion or not any("champion" in known.aliases for known in registry.list_versions(model)):
-                registry.set_alias(model, "champion", version)
+            if champion:
+                registry.set_alias(model, registry.CHAMPION, version)
+            else:
+                registry.crown_first(model, version)
             self.registered = f"models:/{model}/{version}"
         except PrismError as error:
             self.notes.append(str(error))

@@ -254,8 +254,9 @@ def test_registry_verbs(trained: tuple[Path, Ran], run_prism: Any, ready_registr
     folder = shutil.copytree(trained[0] / "runs" / "first" / "artifact", tmp_path / "artifact")
     assert "nothing is registered" in run_prism("registry", "list").out
     pushed = run_prism("registry", "push", folder, "--json")
-    assert json.loads(pushed.out) == {"name": "send", "version": 1, "alias": None}
+    assert json.loads(pushed.out) == {"name": "send", "version": 1, "alias": None, "champion": True}
     assert run_prism("registry", "push", folder, "--name", "mine", "--alias", "trial").status == 0
+    assert json.loads(run_prism("registry", "push", folder, "--json").out)["champion"] is False  # it is already
     assert run_prism("registry", "promote", "mine", 1).status == 0
     shown = json.loads(run_prism("registry", "show", "mine", "--json").out)
     assert [(version["version"], version["aliases"]) for version in shown] == [(1, ["champion", "trial"])]

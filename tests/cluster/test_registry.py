@@ -81,6 +81,7 @@ def test_a_run_and_its_model_from_start_to_alias(either, make_artifact, private_
         assert path.is_relative_to(private_home)
         assert registry.resolve(reference) == path
 
+    assert not registry.crown_first("pythia", 2)  # version 1 is it
     registry.set_alias("pythia", "champion", 2)
     assert open_artifact(registry.resolve("models:/pythia@champion")).version == second.version
     assert registry.list_models() == ["pythia"]

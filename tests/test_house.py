@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 import prism
 from jobs import JOBS, METHODS, SEARCHES, flags, job_class
 from jobs.commands import RunOptions
-from jobs.plan_command import trainings
+from jobs.plan_command import PAPERS, SUITE, trainings
 from jobs.reproduce import REPRODUCTIONS, reproduction_class
 from jobs.spaces import SPACES
 from jobs.tuning import tune_job
@@ -163,15 +163,22 @@ def test_flags_of_a_job_are_distinct_and_explained(command: str, capsys: pytest.
     assert not silent
 
 
-def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "quickstart.md").read_text()
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if re.match("(prism|make) ", line)]
+def written_commands() -> list[str]:
+    """Every command line in the documents: those of code blocks, and those with flags within a sentence."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "library").glob("*/README.md")]
+    found: dict[str, None] = {}
+    for page in sorted(pages):
+        text = page.read_text()
+        blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+        lines = [line for line in blocks.splitlines() if re.match("(prism|make) ", line)]
+        lines += re.findall(r"`(prism [a-z][^`\n]* --[^`\n]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        found |= dict.fromkeys(line.split("  #")[0].strip() for line in lines if "texture" not in line)
+    patterns = r"\.\.\.|\b(NAME|JOB|METHOD)\b|\["
+    return [line for line in found if not re.search(patterns, line)]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_commands_of_the_readme_exist(command: str) -> None:
+@pytest.mark.parametrize("command", written_commands())
+def test_the_commands_of_the_documents_exist(command: str) -> None:
     """Each is understood down to its last flag, without being run."""
     program, *args = shlex.split(command.removesuffix("&"))
     if program == "make":
@@ -184,7 +191,7 @@ def test_the_commands_of_the_readme_exist(command: str) -> None:
         asked = {getattr(parsed, "endpoint", None), *getattr(parsed, "endpoints", ())} - {None}
         assert asked <= ENDPOINTS.keys()
     elif verb == "plan":
-        assert rest[0] in trainings()
+        assert rest[0] in {*trainings(), SUITE, PAPERS}
     elif rest and not rest[0].startswith("-"):
         name = next(iter(REPRODUCTIONS)) if rest[0] == "all" else rest[0]
         flags.parse_job(FLAGGED[f"{verb} {name}"](), RunOptions, rest[1:], prog="prism")

@@ -92,9 +92,12 @@ class Serve(OnCluster):
                 for name, reference in served.endpoints.items()
             ]
             lines += [f"{name} is left out: {reason}" for name, reason in served.left_out.items()]
+            metrics = served.metrics()
+            lines += [f"metrics for Prometheus at {', '.join(metrics)}"]
             lines.append(f"try: prism ask {next(iter(served.endpoints))} --url {served.url}    stop: Ctrl-C")
             self.console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-            self.finish({"url": served.url, "endpoints": served.endpoints, "left_out": served.left_out})
+            facts = {"url": served.url, "endpoints": served.endpoints, "left_out": served.left_out, "metrics": metrics}
+            self.finish(facts)
             served.wait()
         return SUCCESS
 

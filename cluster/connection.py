@@ -52,6 +52,13 @@ class Connection:
             f"{how} Ray at {self.address}: {nodes}, {self.cpus:g} CPUs, {self.gpus:g} GPUs, {self.memory_gib:.1f} GiB"
         )
 
+    def metrics(self) -> list[str]:
+        """Where each living node shows its metrics, ours among them, to Prometheus."""
+        import ray
+
+        living = [node for node in ray.nodes() if node["Alive"]]
+        return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in living]
+
     def disconnect(self) -> None:
         """Leave the cluster, and stop it when this connection started it.
 

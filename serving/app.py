@@ -115,6 +115,10 @@ class Served:
     _started_serve: bool
     _stopped: bool = field(default=False, init=False)
 
+    def metrics(self) -> list[str]:
+        """Where each node of the cluster shows its metrics to Prometheus."""
+        return self._connection.metrics()
+
     def stop(self) -> None:
         """Let requests in flight finish, and take away what was deployed: also Serve and Ray if started for it.
 

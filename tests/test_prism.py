@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from hypothesis import given
@@ -291,6 +292,19 @@ def test_a_port_in_use_is_named(trained: tuple[Path, Ran], run_prism: Any, ray_c
     assert ran.status == 2
 
 
+def wait_for_metric(addresses: list[str], name: str, labels: dict[str, str], wanted: float) -> None:
+    """Until the one node shows that value: Ray exports every few seconds."""
+    (address,) = addresses
+    line = re.compile(rf"^{name}{{(.*)}} ([\d.e+]+)$", re.MULTILINE)
+    deadline = time.monotonic() + 60
+    shown: list[str] = []
+    while wanted not in map(float, shown):
+        assert time.monotonic() < deadline, (name, labels, shown)
+        time.sleep(1)
+        found = line.findall(httpx.get(address, trust_env=False).text)
+        shown = [value for own, value in found if labels.items() <= dict(re.findall(r'(\w+)="([^"]*)"', own)).items()]
+
+
 @pytest.mark.ray
 def test_serve_stays_until_terminated_and_ask_gets_its_answer(trained: tuple[Path, Ran], run_prism: Any) -> None:
     home, _ = trained
@@ -298,6 +312,7 @@ def test_serve_stays_until_terminated_and_ask_gets_its_answer(trained: tuple[Pat
     with started(home, "serve", "score", "--port", port, "--json") as server:
         served = json.loads(server.stdout.readline())
         url = f"http://127.0.0.1:{port}"
+        metrics = served.pop("metrics")
         assert served == {"url": url, "endpoints": {"score": "models:/send@champion"}, "left_out": {}}
         asked = run_prism("ask", "score", "--data", '{"text": "Rivers run to the sea."}', "--url", served["url"])
         assert asked.status == 0, asked.err
@@ -306,6 +321,9 @@ def test_serve_stays_until_terminated_and_ask_gets_its_answer(trained: tuple[Pat
         refused = run_prism("ask", "score", "--data", '{"text": 3}', "--url", served["url"])
         assert "text" in refused.problem()
         assert refused.status == 2
+        wait_for_metric(metrics, "ray_prism_requests_total", {"endpoint": "score", "status": "200"}, 2)
+        wait_for_metric(metrics, "ray_prism_requests_total", {"endpoint": "score", "status": "422"}, 1)
+        wait_for_metric(metrics, "ray_prism_model_seconds_count", {"endpoint": "score"}, 2)
         below = ended(server, signal.SIGTERM)
     assert server.returncode == 130
     assert not below

@@ -4,6 +4,7 @@ Each endpoint serves a small model (`serving.trial`), so that the way to the mod
 
 direct    the model called in this process, in batches of 32 requests: no server, no JSON
 plain     FastAPI and uvicorn around the same endpoint, a function per request: what a user would write in ten lines
+empty     a Serve deployment that reads the body and answers at once, behind the same ingress: what Serve itself takes
 
 Goals: requests that hold many items reach 0.8 of direct; 32 clients with small requests get 1.5 times the answers of
 plain; one client waits less than 8 ms longer than the model takes. Every number is of this machine in this run.
@@ -186,6 +187,22 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def empty(base: str, seconds: float) -> dict[str, Timing]:
+    """What clients get from a deployment that does nothing; it stays until Serve ends."""
+    from ray import serve
+    from starlette.responses import Response
+
+    @serve.deployment(max_ongoing_requests=2 * max(CLIENTS), ray_actor_options={"num_cpus": 0})
+    class Empty:
+        async def __call__(self, request: Any) -> Response:
+            await request.body()
+            return Response(b"{}", media_type=JSON)
+
+    serve.run(Empty.bind(), name="empty", route_prefix="/empty")
+    body, _ = bodies(ENDPOINTS["score"])
+    return {f"empty {count}": asyncio.run(clients(f"{base}/empty", body, count, seconds)) for count in CLIENTS}
+
+
 def measure(name: str, folder: str, url: str, seconds: float) -> dict[str, Any]:
     """All timings of one endpoint, and its three ratios."""
     kind = ENDPOINTS[name]
@@ -211,15 +228,22 @@ def measure(name: str, folder: str, url: str, seconds: float) -> dict[str, Any]:
     return {"timings": {key: timing._asdict() for key, timing in found.items()}, "ratios": ratios}
 
 
-def shown(results: dict[str, Any]) -> Table:
+def shown(results: dict[str, Any], floor: dict[str, Any], ingress: str) -> Table:
     """One row for each endpoint and way."""
-    table = Table("endpoint", "way", "1: p50 / p99 ms", "8", "32: p50 / p99 ms", "answers/s at 1, 8, 32", "ratios")
+    table = Table(
+        "endpoint",
+        "way",
+        "1: p50 / p99 ms",
+        "8",
+        "32: p50 / p99 ms",
+        "answers/s at 1, 8, 32",
+        "ratios",
+        title=f"ingress {ingress}",
+    )
+    table.add_row("none", "empty", *_numbers(floor, "empty"), "")
     for name, found in results.items():
         timings, ratios = found["timings"], found["ratios"]
         for way in ("prism", "plain"):
-            at = [timings[f"{way} {count}"] for count in CLIENTS]
-            spans = [f"{one['p50_ms']:.1f} / {one['p99_ms']:.1f}" for one in at]
-            rates = ", ".join(f"{one['per_second']:.0f}" for one in at)
             said = ""
             if way == "prism":
                 said = (
@@ -227,7 +251,7 @@ def shown(results: dict[str, Any]) -> Table:
                     f"{ratios['plain']:.2f} of plain at 32 (goal {GOALS['plain']}); "
                     f"+{ratios['added ms']:.1f} ms alone (goal < {GOALS['added ms']:g})"
                 )
-            table.add_row(name, way, *spans, rates, said)
+            table.add_row(name, way, *_numbers(timings, way), said)
         table.add_row(
             name,
             "direct",
@@ -237,6 +261,12 @@ def shown(results: dict[str, Any]) -> Table:
             f"{timings['direct 32']['per_second']:.0f} in batches",
         )
     return table
+
+
+def _numbers(timings: dict[str, Any], way: str) -> list[str]:
+    at = [timings[f"{way} {count}"] for count in CLIENTS]
+    spans = [f"{one['p50_ms']:.1f} / {one['p99_ms']:.1f}" for one in at]
+    return [*spans, ", ".join(f"{one['per_second']:.0f}" for one in at)]
 
 
 def main() -> None:
@@ -260,9 +290,16 @@ def main() -> None:
                 name: measure(name, artifacts[name], f"{served.url}/{name}/predict", flags.seconds)
                 for name in flags.endpoints
             }
-    console.print(shown(results))
+            floor = {key: timing._asdict() for key, timing in empty(served.url, flags.seconds).items()}
+    console.print(shown(results, floor, flags.ingress))
     if flags.out:
-        record = {"machine": platform.machine(), "ingress": flags.ingress, "goals": GOALS, "endpoints": results}
+        record = {
+            "machine": platform.machine(),
+            "ingress": flags.ingress,
+            "goals": GOALS,
+            "empty": floor,
+            "endpoints": results,
+        }
         flags.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

@@ -1,8 +1,9 @@
 """Who takes requests in: Serve's own proxy, or HAProxy, which hands them straight to the replicas.
 
-proxy       one Python process on each node; nothing but its port is open
-haproxy     Ray's HAProxy, compiled code on each node; replicas listen on ports of their own, on all interfaces of their
-            node, where tokens are asked for as well; `benchmarks/serving.py --ingress haproxy` measures it
+proxy       one Python process on each node; nothing but its port takes HTTP
+haproxy     Ray's HAProxy, compiled code on each node, hands requests straight to the replicas, which listen on ports of
+            their own, on the server's host; it shows its statistics on ports 8404 and 9101 of all interfaces, and its
+            own errors are a plain 500 and 404
 fast        haproxy with Serve's throughput options: no thread apart for our code in a replica, logs in blocks
 
 Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_THROUGHPUT_OPTIMIZED on
@@ -25,6 +26,7 @@ VARIABLES: dict[Ingress, dict[str, str]] = {
 ENVIRONMENT = {  # of Serve's controller, and so of its proxies
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.shield:middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that fails three looks in a row is replaced
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # predictions change nothing
 }
 
 

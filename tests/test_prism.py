@@ -296,7 +296,7 @@ def wait_for_metric(addresses: list[str], name: str, labels: dict[str, str], wan
     """Until the one node shows that value: Ray exports every few seconds."""
     (address,) = addresses
     line = re.compile(rf"^{name}{{(.*)}} ([\d.e+]+)$", re.MULTILINE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     shown: list[str] = []
     while wanted not in map(float, shown):
         assert time.monotonic() < deadline, (name, labels, shown)

@@ -26,7 +26,8 @@ def test_spectra_are_perturbed_by_draws_of_their_own():
 
 
 def test_every_molecule_is_asked_by_anothers_spectra_of_the_closest_size():
-    queries = [Query({"ir": torch.full((3501,), float(key))}, size, key=key) for key, size in enumerate((5, 4, 5, 4, 9))]
+    sizes = (5, 4, 5, 4, 9)
+    queries = [Query({"ir": torch.full((3501,), float(key))}, size, key=key) for key, size in enumerate(sizes)]
     found = exchanged(queries)
     assert {one.key: one.size for one in found} == {one.key: one.size for one in queries}
     lenders = {one.key: int(one.spectra["ir"][0]) for one in found}

@@ -73,7 +73,7 @@ def parse_job(
 
 def flat(job: "type[Job]") -> "type[Job]":
     """The same job for tyro: models among its fields lose their prefix, jobs keep it, and what is given is no flag."""
-    bare = _bare(job)
+    bare = unprefixed(job)
     inner: dict[str, Any] = {}
     defaults = {}
     for name, entry in job.model_fields.items():
@@ -148,7 +148,7 @@ def _is_job(annotation: Any) -> bool:
     return _is_model(annotation) and hasattr(annotation, "job")
 
 
-def _bare(job: type[BaseModel]) -> set[str]:
+def unprefixed(job: type[BaseModel]) -> set[str]:
     """The fields of a job whose models lose their prefix."""
     taken = {name for name, entry in job.model_fields.items() if not _is_model(entry.annotation)}
     bare = set()
@@ -169,7 +169,7 @@ def _prefix(options: type, title: str) -> str:
 
 def _prefixes(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Class name and prefix of every model inside a model, as `flat` makes them."""
-    bare = _bare(model) if _is_job(model) else set()
+    bare = unprefixed(model) if _is_job(model) else set()
     for name, entry in model.model_fields.items():
         if _is_model(entry.annotation):
             inner = prefix if name in bare else f"{prefix}{name}."

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, Field, NonNegativeInt, field_validator
 
 from cluster import connect
+from jobs.flags import unprefixed
 from jobs.job import Job
 from jobs.report import Report
 from library import files
@@ -281,6 +282,7 @@ def _changes(model: BaseModel, default: BaseModel, depth: int = 0, prefix: str =
     for name in type(model).model_fields:
         value, usual = getattr(model, name), getattr(default, name)
         if isinstance(value, BaseModel) and type(value) is type(usual):
-            yield from _changes(value, usual, depth + 1, f"{prefix}{name}." if depth else "")
+            bare = not depth and name in unprefixed(type(model))
+            yield from _changes(value, usual, depth + 1, "" if bare else f"{prefix}{name}.")
         elif value != usual:
             yield f"{prefix}{name}", value

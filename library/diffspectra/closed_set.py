@@ -12,15 +12,14 @@ from pydantic import BaseModel, PositiveInt
 
 from library import files
 from library.artifact import open_artifact
+from library.diffspectra import study
 from library.diffspectra.data import Collate, MoleculeData
-from library.diffspectra.denoiser import DenoiserSettings
 from library.diffspectra.evaluation import Truth, evaluate
 from library.diffspectra.generation import Elucidator, Found
 from library.diffspectra.noise import stream
 from library.diffspectra.queries import Query
 from library.diffspectra.recipe import DiffSpectraRecipe
 from library.diffspectra.sampling import Sampling
-from library.diffspectra.specformer import SpecFormerSettings
 from library.recipe import fit
 
 OWN, OTHER, FORMULA, UNSEEN = "own spectra", "another's spectra", "own, told the formula", "own, never seen"
@@ -88,26 +87,9 @@ def closed_set(settings: ClosedSet, seed: int) -> Asked:
 
 def recipe_of(settings: ClosedSet, seed: int) -> DiffSpectraRecipe:
     """The recipe of the network; its spectra are perturbed in training."""
-    return DiffSpectraRecipe(
-        seed=seed,
-        most_atoms=settings.most_atoms,
-        steps=settings.steps,
-        encoder=SpecFormerSettings(patch_length=(50, 125, 125), stride=(50, 125, 125)),
-        denoiser=DenoiserSettings(
-            width=settings.width,
-            pair_width=settings.width // 4,
-            blocks=settings.blocks,
-            condition=2 * settings.width,
-            dropout=0.0,
-        ),
-        modality_dropout=0.0,
-        condition_dropout=0.0,
-        loss_weights=(0.3, 1.0, 0.3),
-        lr=2e-3,
-        warmup=settings.steps // 12,
-        average=0.995,
-        size_groups=1,
-    )
+    sizes = settings.model_dump(include={"most_atoms", "steps", "width", "blocks"})
+    recipe = study.recipe_of(study.Study(**sizes), seed, "all")
+    return recipe.model_copy(update={"warmup": settings.steps // 12, "average": 0.995})
 
 
 def perturbed_queries(elucidator: Elucidator, data: MoleculeData, numbers: Sequence[int], seed: int) -> list[Query]:

@@ -125,23 +125,13 @@ def check(load: Load, right: float) -> None:
     assert max(seconds for _, seconds, _ in load.outcomes) < LONGEST_S
 
 
-def test_a_replica_is_killed_and_its_requests_are_asked_again(served, right):
-    before = processes("ServeReplica")
+@pytest.mark.parametrize("kind", ["ServeReplica", "ServeController"])
+def test_a_replica_or_the_controller_is_killed_and_nobody_notices(served, right, kind):
+    before = processes(kind)
     with Load(served.url) as load:
-        kill("ServeReplica")
+        kill(kind)
         load.wait_for(200, 30)
-        wait_for_new("ServeReplica", before)
-        load.wait_for(200, 30)
-    assert load.statuses() == {200}
-    check(load, right)
-
-
-def test_the_controller_is_killed_and_nobody_notices(served, right):
-    before = processes("ServeController")
-    with Load(served.url) as load:
-        kill("ServeController")
-        load.wait_for(200, 30)
-        wait_for_new("ServeController", before)
+        wait_for_new(kind, before)
         load.wait_for(200, 30)
     assert load.statuses() == {200}
     check(load, right)

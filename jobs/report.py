@@ -89,7 +89,7 @@ class Report:
                 console.print(_fitting(name, frame, console.width))
         for note in self.notes:
             console.print(f"note: {note}", style="yellow", highlight=False)
-        places = {"registered": self.registered, "artifact": self.artifact, "report": self.folder}
+        places = {"registered": self.registered, "artifact": self.artifact, "folder": self.folder}
         for name, place in places.items():
             if place:
                 console.print(f"{name:<10} {place}", highlight=False, soft_wrap=True)

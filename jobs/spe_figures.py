@@ -18,6 +18,7 @@ COLOURS = {
     "PEG": "#8a8a8a",
     "no encoding": "#222222",
     "SPE, phi = 1": "#E69F00",
+    "SPE, mean": "#CC79A7",
 }
 LENGTHS = (3, 4, 5, 6)
 
@@ -67,7 +68,7 @@ def domains_figure(domains: "pd.DataFrame") -> "Figure":
     for axis, cut in zip(drawn.subplots(1, len(CUTS), sharey=True), CUTS, strict=True):
         for place, arm in enumerate(DOMAIN_ARMS):
             own = domains[(domains["cut"] == cut) & (domains["encoding"] == arm)]
-            shift = 0.06 * (place - 1)
+            shift = 0.06 * (place - 1.5)
             for row, (inside, outside) in enumerate(zip(own["inside"], own["outside"], strict=True)):
                 label = arm if row == 0 else None
                 axis.plot([shift, 1 + shift], [inside, outside], "o-", ms=4, lw=0.8, color=COLOURS[arm], label=label)

@@ -26,6 +26,7 @@ def space(recipe: SpeRecipe) -> Space:
         "recipe.encoding.rho": Choice(("gin", "mlp", "gin_deepsets")),
         "recipe.encoding.rho_layers": Whole(2, 8),
         "recipe.encoding.rho_hidden": Whole(16, 128),
+        "recipe.encoding.over_nodes": Choice(("mean", "sum")),
         "recipe.encoding.norm": Choice(("layer", "batch", "none")),
         "recipe.backbone.inject": Choice(("input", "every_layer")),
         "recipe.backbone.layers": Whole(3, 16),

@@ -17,6 +17,8 @@ from library.spe.signnet import SignNet
 class Spe(nn.Module):
     """Stable and expressive positional encodings: SPE(V, lambda) = rho(V diag(phi_l(lambda)) V^T, l = 1 to m).
 
+    `over_nodes` mean divides them by the number of nodes: rho ends with a sum over all of these.
+
     Source: Huang, Lu, Robinson, Yang, Zhang, Jegelka, Li, "On the stability of expressive positional encodings for
     graphs", ICLR 2024, equation 3.
 
@@ -32,10 +34,12 @@ class Spe(nn.Module):
         super().__init__()
         self.phi = make_phi(encoding)
         self.rho = make_rho(encoding, dropout)
+        self.mean = encoding.over_nodes == "mean"
 
     def forward(self, batch: SpeBatch) -> Tensor:
         """Encodings (N, p) of the nodes of a batch."""
-        return self.rho(self.phi(batch.values, batch.kept), batch)
+        found = self.rho(self.phi(batch.values, batch.kept), batch)
+        return found / batch.counts[batch.graph_of_node][:, None] if self.mean else found
 
 
 class Eigenvectors(nn.Module):

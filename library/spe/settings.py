@@ -55,6 +55,8 @@ class Encoding(BaseModel, frozen=True, extra="forbid"):
     """Width inside them."""
     norm: NormName = "batch"
     """Norm inside them: batch (as released for ZINC), layer (faster, no graph sees another), none."""
+    over_nodes: Literal["sum", "mean"] = "sum"
+    """rho's last step over a graph's nodes j: their sum, as published, or mean, which no graph's size makes large."""
     between: bool = False
     """Batch norm between the layers of the outer GIN."""
 

@@ -24,7 +24,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "SPE": {"method": "spe"},
     "SPE, phi = 1": {"method": "spe", "phi": "one"},
 }
-DOMAIN_ARMS = ("no encoding", "SignNet", "SPE")
+DOMAIN_ARMS: dict[str, dict[str, Any]] = {name: ARMS[name] for name in ("no encoding", "SignNet", "SPE")}
+DOMAIN_ARMS["SPE, mean"] = {"method": "spe", "over_nodes": "mean"}
 CUTS = ("scaffold", "size")
 
 
@@ -51,7 +52,7 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """Width of all parts of the counting networks."""
     layers: PositiveInt = 3
     """Layers of their outer networks and backbones."""
-    domain_steps: PositiveInt = 200
+    domain_steps: PositiveInt = 600
     """Optimiser steps of each network that is tested on other scaffolds or sizes."""
     domain_batch: PositiveInt = 32
     """Molecules per step of those."""
@@ -117,7 +118,7 @@ def other_domains(study: Study, seed: int, cut: str, arm: str) -> dict[str, Any]
         rho_hidden=study.width,
         mlp_hidden=study.width,
         norm="layer",
-        **ARMS[arm],
+        **DOMAIN_ARMS[arm],
     )
     recipe = SpeRecipe(
         seed=seed,

@@ -119,6 +119,17 @@ def test_a_permutation_of_the_nodes_permutes_the_encodings(method, rho):
     torch.testing.assert_close(encode(encoder, moved, encoding, there), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("rho", RHOS)
+def test_the_mean_over_nodes_is_the_sum_over_their_number(rho):
+    encoding = Encoding(rho=rho, eigenpairs=9, width=4)
+    mean = encoding.model_copy(update={"over_nodes": "mean"})
+    own, encoder = graphs(), encoder_of(encoding)
+    other = encoder_of(mean)
+    other.load_state_dict(encoder.state_dict())
+    number = own.sizes.repeat_interleave(own.sizes)[:, None]
+    torch.testing.assert_close(number * encode(other, own, mean), encode(encoder, own, encoding), **EXACT)
+
+
 @pytest.mark.parametrize("size_step", [1, 4, 16])
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("phi", PHIS)

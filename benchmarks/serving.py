@@ -9,7 +9,7 @@ empty     a Serve deployment that reads the body and answers at once, behind the
 Goals: requests that hold many items reach 0.8 of direct; 32 clients with small requests get 1.5 times the answers of
 plain; one client waits less than 8 ms longer than the model takes. Every number is of this machine in this run.
 
-    python benchmarks/serving.py [--endpoints NAME ...] [--seconds S] [--ingress proxy|haproxy|fast] [--out FILE.json]
+    python benchmarks/serving.py [--endpoints NAME ...] [--seconds S] [--ingress proxy haproxy fast] [--out FILE.json]
 """
 
 import argparse
@@ -39,6 +39,7 @@ from library.artifact import open_artifact  # noqa: E402
 from library.errors import PrismError  # noqa: E402
 from serving.app import ENDPOINTS, serve_endpoints  # noqa: E402
 from serving.endpoint import NPY, Endpoint  # noqa: E402
+from serving.ingress import VARIABLES  # noqa: E402
 from serving.payloads import JSON, read  # noqa: E402
 from serving.rqgnn import ASPIRIN  # noqa: E402
 from serving.trial import trial_artifacts  # noqa: E402
@@ -51,7 +52,7 @@ MANY: dict[str, dict[str, Any]] = {  # requests of many items, where the first e
     "hallucination": {"prompts": ["The capital of France is"] * 8, "samples": 4},
     "score": {"texts": ["The river Thames flows through London."] * 64},
     "corrosion": {},
-    "graph-anomaly": {"graphs": [ASPIRIN] * 64},
+    "graph-anomaly": {"graphs": [ASPIRIN] * 640},
     "graph-property": {"graphs": [{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}] * 32},
     "graph-encoding": {"graphs": [{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}] * 32},
 }
@@ -274,28 +275,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--endpoints", nargs="+", default=list(DEFAULT), choices=sorted(ENDPOINTS))
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
-    parser.add_argument("--ingress", default="proxy", choices=["proxy", "haproxy", "fast"])
+    parser.add_argument("--ingress", nargs="+", default=list(VARIABLES), choices=list(VARIABLES), help="in turn")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.plain:
         plain_server(flags.plain[0], flags.plain[1], int(flags.plain[2]))
         return
+    if len(flags.ingress) > 1:  # Ray takes one for its whole process
+        apart = [value for value in sys.argv[1:] if value not in ("--ingress", *flags.ingress)]
+        for ingress in flags.ingress:
+            out = [] if flags.out is None else ["--out", str(flags.out.with_stem(f"{flags.out.stem}-{ingress}"))]
+            subprocess.run([sys.executable, __file__, *apart, *out, "--ingress", ingress], check=True)
+        return
+    [ingress] = flags.ingress
     torch.set_num_threads(1)
     console = Console(width=150)
     with tempfile.TemporaryDirectory() as folder:
         artifacts = trial_artifacts(flags.endpoints, Path(folder))
-        with serve_endpoints(artifacts=artifacts, port=_free_port(), ingress=flags.ingress) as served:
+        with serve_endpoints(artifacts=artifacts, port=_free_port(), ingress=ingress) as served:
             results = {
                 name: measure(name, artifacts[name], f"{served.url}/{name}/predict", flags.seconds)
                 for name in flags.endpoints
             }
             floor = {key: timing._asdict() for key, timing in empty(served.url, flags.seconds).items()}
-    console.print(shown(results, floor, flags.ingress))
+    console.print(shown(results, floor, ingress))
     if flags.out:
         record = {
             "machine": platform.machine(),
-            "ingress": flags.ingress,
+            "ingress": ingress,
             "goals": GOALS,
             "empty": floor,
             "endpoints": results,

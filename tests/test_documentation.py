@@ -149,3 +149,22 @@ def served(built: Copy, trained: dict[str, Any]) -> Iterator[int]:
     yield port
     server.terminate()
     assert server.wait(120) == 130
+
+
+def test_every_benchmark_is_on_the_page():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    files = [file for file in (ROOT / "benchmarks").glob("[!_]*.py") if 'if __name__ == "__main__"' in file.read_text()]
+    assert len(files) > 5
+    for file in files:
+        assert f"\n## {file.stem}\n" in page, file.stem
+
+
+def test_naming_a_benchmark_keeps_the_others_parts_of_the_same_machine_and_day(tmp_path):
+    from benchmarks.__main__ import head, kept
+
+    page = tmp_path / "performance.md"
+    assert kept(page) == {}
+    page.write_text(f"{head()}\n\n## one\n\nFirst.\n\n```\n1\n```\n\n## two\n\nSecond.\n")
+    assert kept(page) == {"one": "## one\n\nFirst.\n\n```\n1\n```", "two": "## two\n\nSecond."}
+    page.write_text(page.read_text().replace("Machine: ", "Machine: another "))
+    assert kept(page) == {}

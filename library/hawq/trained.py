@@ -19,6 +19,8 @@ from library.hawq.recipe import CONFIG, TASK, HawqRecipe
 from library.hawq.store import MEASURED, from_tensors
 from library.images.networks import image_network, is_pretrained, network_from_config
 
+TOGETHER = 256  # images; what more of them need no longer fits a processor's cache
+
 
 @dataclass(frozen=True)
 class QuantizedClassifier:
@@ -43,6 +45,9 @@ class QuantizedClassifier:
             raise InputError(
                 f"images must be uint8 (n, {', '.join(map(str, self.shape))}), got {pixels.dtype} {tuple(pixels.shape)}"
             )
+        return torch.cat([self._probabilities(some) for some in pixels.split(TOGETHER)])
+
+    def _probabilities(self, pixels: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
         scaled = (pixels.float() / 255 - self.mean) / self.std
         return (self.model(scaled.to(device)).float().cpu() / self.temperature).softmax(1)

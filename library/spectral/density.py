@@ -198,14 +198,14 @@ def exact_eigenpairs(operator: Operator, like: Tensor) -> tuple[Tensor, Tensor]:
 def spectral_bounds(
     operator: Operator, start: Tensor, *, tolerance: float = 1e-6, limit: int = 512, upper_only: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds of the spectrum: the extreme Ritz values, each moved outwards by its error bound.
+    """Lower and upper bounds of the spectrum: the extreme Ritz values, each moved outwards by its residual norm r.
 
-    A Ritz value with residual norm r errs by at most r, and by r^2 / gap when the next Ritz value is `gap` away (Kato
-    and Temple). Lanczos goes on until both bounds, looked at every eighth step, are at most `tolerance` times the
-    spectrum's magnitude, or until `limit` steps or the dimension; with `upper_only` until the upper one is, for spectra
-    whose lower end is known, such as the dense one at 0 of a square Gram matrix. `start` (..., n, p), one column being
-    enough; results have the leading shape. The start must not be orthogonal to the extreme eigenvectors: take random
-    entries.
+    An eigenvalue is within r of a Ritz value. The smaller bound r^2 / gap of Kato and Temple needs the gap to the next
+    eigenvalue, which Lanczos may not have found yet. It goes on until r at both ends, looked at every eighth step, is
+    at most `tolerance` times the spectrum's magnitude, or until `limit` steps or the dimension; with `upper_only` until
+    the upper one is, for spectra whose lower end is known, such as the dense one at 0 of a square Gram matrix. `start`
+    (..., n, p), one column being enough; results have the leading shape. The start must not be orthogonal to the
+    extreme eigenvectors: take random entries.
     Raises what `lanczos` raises.
     """
     limit = min(limit, start.shape[-2])
@@ -217,9 +217,7 @@ def spectral_bounds(
         run = _tridiagonal(diagonal, off_diagonal)
         values, vectors = run.eigh()
         residuals = run.residual.unsqueeze(-1) * vectors[..., -1, :].abs()
-        gaps = values.diff(dim=-1) if steps > 1 else torch.zeros_like(values)
-        low_error = _ritz_error(residuals[..., 0], gaps[..., 0])
-        high_error = _ritz_error(residuals[..., -1], gaps[..., -1])
+        low_error, high_error = residuals[..., 0], residuals[..., -1]
         low, high = (values[..., 0] - low_error).amin(-1), (values[..., -1] + high_error).amax(-1)
         worst = (high_error if upper_only else torch.maximum(low_error, high_error)).amax(-1)
         if bool((worst <= tolerance * torch.maximum(low.abs(), high.abs())).all()):
@@ -275,10 +273,6 @@ def _formed(operator: Operator, like: Tensor) -> Tensor:
 def _tridiagonal(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> Tridiagonal:
     beside = torch.stack(off_diagonal[:-1], -1) if len(diagonal) > 1 else diagonal[0].new_zeros((*diagonal[0].shape, 0))
     return Tridiagonal(torch.stack(diagonal, -1), beside, off_diagonal[-1])
-
-
-def _ritz_error(residual: Tensor, gap: Tensor) -> Tensor:
-    return torch.where(residual < gap, residual**2 / gap, residual)
 
 
 def _chebyshev_values(points: Tensor, degree: int) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from library.errors import InputError
@@ -177,6 +177,8 @@ def test_small_operators_are_diagonalised_without_error():
 
 
 @given(n=st.integers(1, 60), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+@example(n=43, seed=11554, scale=1e-6)  # the second eigenvalue is found late
+@example(n=54, seed=54, scale=1.0)  # the first one is: the start has little of it
 @settings(max_examples=40, deadline=None)
 def test_bounds_hold_the_spectrum_tightly(n, seed, scale):
     spectrum = scale * spread(n, seed)

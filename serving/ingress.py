@@ -39,12 +39,14 @@ def prepare(ingress: Ingress, address: str | None) -> None:
     Raises InputError when Ray runs already without it: then it must be set where the cluster is started.
     """
     wanted = {name: value for name, value in VARIABLES[ingress].items() if os.environ.get(name) != value}
-    if not wanted:
+    if address not in (None, "local") or os.environ.get("RAY_ADDRESS") or _runs():
+        if wanted:
+            pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
+            pairs += f" {BINARY}=$(command -v prism-haproxy)"
+            raise InputError(
+                f"--ingress {ingress} is decided when Ray starts: set {pairs} on the machines of the cluster"
+            )
         return
-    there = address not in (None, "local") or os.environ.get("RAY_ADDRESS") or _runs()
-    if there:
-        pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
-        raise InputError(f"--ingress {ingress} is decided when Ray starts: set {pairs} on the machines of the cluster")
     os.environ |= wanted
     ours = Path(sys.executable).with_name("prism-haproxy")
     if ingress != "proxy" and ours.exists():

@@ -1,5 +1,6 @@
 """Choosing what to serve and refusing to, before anything is deployed; and endpoints that do not start."""
 
+import os
 import socket
 
 import pytest
@@ -105,4 +106,10 @@ def test_who_takes_requests_in_is_decided_before_ray_starts(ray_cluster, send_ar
         serve_endpoints(["score"], {"score": str(send_artifact.path)}, ingress="fast")
     prepare("proxy", None)
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")  # as on the machines of a cluster that has it
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
     prepare("haproxy", "10.0.0.1:6379")
+    assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ  # that of the cluster's machines is theirs
+    monkeypatch.setattr("serving.ingress._runs", lambda: False)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    prepare("haproxy", None)  # a Ray that will be started here, in an environment that asks for HAProxy already
+    assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"].endswith("prism-haproxy")

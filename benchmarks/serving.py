@@ -283,10 +283,10 @@ def main() -> None:
         plain_server(flags.plain[0], flags.plain[1], int(flags.plain[2]))
         return
     if len(flags.ingress) > 1:  # Ray takes one for its whole process
-        apart = [value for value in sys.argv[1:] if value not in ("--ingress", *flags.ingress)]
+        same = ["--endpoints", *flags.endpoints, "--seconds", str(flags.seconds)]
         for ingress in flags.ingress:
             out = [] if flags.out is None else ["--out", str(flags.out.with_stem(f"{flags.out.stem}-{ingress}"))]
-            subprocess.run([sys.executable, __file__, *apart, *out, "--ingress", ingress], check=True)
+            subprocess.run([sys.executable, __file__, *same, *out, "--ingress", ingress], check=True)
         return
     [ingress] = flags.ingress
     torch.set_num_threads(1)

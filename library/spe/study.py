@@ -24,8 +24,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "SPE": {"method": "spe"},
     "SPE, phi = 1": {"method": "spe", "phi": "one"},
 }
-DOMAIN_ARMS: dict[str, dict[str, Any]] = {name: ARMS[name] for name in ("no encoding", "SignNet", "SPE")}
-DOMAIN_ARMS["SPE, mean"] = {"method": "spe", "over_nodes": "mean"}
+DOMAIN_ARMS: dict[str, dict[str, Any]] = {
+    "no encoding": {"method": "none"},
+    "SignNet": {"method": "signnet"},
+    "SPE": {"method": "spe"},
+    "SPE, mean": {"method": "spe", "over_nodes": "mean"},
+}
 CUTS = ("scaffold", "size")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import JOBS, METHODS, SEARCHES, job_class
@@ -117,6 +119,7 @@ def reproduce(args: Sequence[str]) -> int:
     return SUCCESS
 
 
+LOCKING = ("_acquireLock", "_releaseLock")  # of logging, which Python calls around every fork
 HEARD: list[int] = []  # signals since the command began: an import that they cut off may swallow the exception
 
 
@@ -131,8 +134,16 @@ def terminate_like_interrupt() -> None:
             signal.signal(signal.SIGINT, _interrupt)
 
 
-def _interrupt(number: int, frame: object) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise; a moment later where the exception would be swallowed and leave the lock of all loggers locked."""
     HEARD.append(number)
+    while frame is not None:
+        if frame.f_code.co_filename == logging.__file__ and frame.f_code.co_name in LOCKING:
+            again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 

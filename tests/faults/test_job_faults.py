@@ -1,6 +1,7 @@
 """Real faults around a job: its driver, a trial, the registry, the disk, signals at any moment, clocks and hashes."""
 
 import contextlib
+import logging
 import os
 import signal
 import sqlite3
@@ -148,6 +149,40 @@ def test_a_signal_at_any_moment_of_the_start_ends_it_in_one_line(
     assert len([line for line in err.splitlines() if line.startswith("prism: ")]) <= 3, err
     _, alive = psutil.wait_procs(children, timeout=150)  # Ray's agents notice by themselves
     assert not alive, [child.name() for child in alive]
+
+
+IN_THE_LOCK = """
+import logging, os, signal, sys, threading, time
+from jobs.commands import interruptible
+
+def stop(frame, event, argument):
+    if event == "call" and frame.f_code.co_name == "_releaseLock":
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIG{kind})
+
+with interruptible():
+    try:
+        sys.setprofile(stop)
+        if os.fork() == 0:
+            os._exit(0)
+        assert sys.getprofile() is None, "logging was not asked"
+        time.sleep(60)
+    except KeyboardInterrupt:
+        other = threading.Thread(target=logging.getLogger, args=("another",), daemon=True)
+        other.start()
+        other.join(10)
+        print("locked" if other.is_alive() else "free")
+"""
+
+
+@pytest.mark.skipif(not hasattr(logging, "_releaseLock"), reason="newer Pythons fork without logging's functions")
+@pytest.mark.parametrize("kind", ["INT", "TERM"])
+def test_a_signal_during_a_fork_is_neither_swallowed_nor_locks_the_loggers(kind: str) -> None:
+    code = IN_THE_LOCK.replace("{kind}", kind)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.stdout, done.stderr) == ("free\n", "")
 
 
 def test_clock_locale_and_hash_seed_change_nothing(tmp_path: Path) -> None:

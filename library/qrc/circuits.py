@@ -9,14 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister, qasm3
+from qiskit.quantum_info import Kraus
 from qiskit_aer import AerSimulator
-from qiskit_aer.noise import (
-    NoiseModel,
-    ReadoutError,
-    amplitude_damping_error,
-    depolarizing_error,
-    phase_damping_error,
-)
+from qiskit_aer.noise import NoiseModel, ReadoutError, depolarizing_error
 from torch import Tensor
 
 from library.errors import InputError
@@ -75,7 +70,7 @@ def append_step(
     else:
         _append(circuit, reservoir.fixed_gates())
     if reservoir.noise is not None and reservoir.noise.damping:
-        decay = amplitude_damping_error(reservoir.noise.damping).to_instruction()
+        decay = _decay(reservoir.noise.damping).to_instruction()
         for qubit in range(reservoir.qubits):
             circuit.append(decay, [qubit])
 
@@ -155,6 +150,12 @@ def to_qasm3(reservoir: QuantumReservoir, inputs: Tensor, *, expectations: Tenso
     return qasm3.dumps(series_circuit(ideal, inputs, expectations=expectations))
 
 
+def _decay(probability: float) -> Kraus:
+    """|1> -> |0> with `probability`. As a channel of the circuit: one of Aer's noise module takes an eigendecomposition
+    when it is sampled, and the OpenBLAS that Aer 0.18 brings gets that wrong on Intel's Sapphire Rapids."""
+    return Kraus([np.diag([1.0, np.sqrt(1 - probability)]), np.array([[0.0, np.sqrt(probability)], [0.0, 0.0]])])
+
+
 def _append(circuit: QuantumCircuit, sequence: Sequence[gates.Gate]) -> None:
     for gate in gates.elementary(sequence):
         if gate.name == "cx":
@@ -180,7 +181,7 @@ def _controlled(circuit: QuantumCircuit, pair: tuple[int, int], angle: float, co
 
 def _average_measurement(circuit: QuantumCircuit, reservoir: QuantumReservoir, held: int) -> None:
     """Measurement and reset averaged over outcomes; with `held` qubits these keep the outcomes."""
-    dephasing = phase_damping_error(1.0).to_instruction()
+    dephasing = Kraus([np.diag([1.0, 0.0]), np.diag([0.0, 1.0])]).to_instruction()
     for qubit in range(reservoir.measured_qubits):
         if held:
             circuit.cx(qubit, reservoir.qubits + qubit)

@@ -22,7 +22,7 @@ from library.rqgnn.recipe import RqgnnRecipe
 from library.spectral import eigenpairs, one_hot_rayleigh_terms
 from library.weights import state_tensors
 
-SMALL = RqgnnRecipe(steps=6, batch_size=101, hidden=16, depth=3, dropout=0.0, filters="learned")
+SMALL = RqgnnRecipe(steps=6, batch_size=101, hidden=16, depth=3, dropout=0.0, filters="learned", lr=1e-3)
 
 
 @pytest.mark.ray
@@ -41,7 +41,7 @@ def test_two_workers_train_what_one_does(ray_cluster, ready_registry, tmp_path) 
     start = state_tensors(seeded_model(SMALL))
     one, two, before = (torch.cat([state[name].detach().flatten() for name in start]) for state in (*weights, start))
     apart = float((one - two).norm() / (one - before).norm())
-    assert apart < 0.02  # Adam makes steps of full size out of gradients that are rounding alone
+    assert apart < 0.005  # Adam makes steps of full size out of gradients that are rounding alone
     assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-6)
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
     for name, tolerance in (("validation_loss", 1e-3), ("validation_auc", 2e-3), ("test_auc", 2e-3)):

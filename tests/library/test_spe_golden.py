@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.spe.batch import GraphSample, SpeBatch, collate_graphs
 from library.spe.network import GraphNetwork
@@ -123,36 +123,63 @@ def test_encodings_and_outputs_in_evaluation(name, size_step):
         close(rotated, data["pe_eval_rotated"], **CLOSE)
 
 
+def trained(name: str, size_step: int = 1, rounding: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Outputs, loss and norms of gradients in training mode, in float64 (the released code's were in float32).
+
+    With `rounding` every module's output gets the relative noise that float32 would leave in it. Norms are those of
+    `grad_keys` that are used, without the biases before batch norm: these have no gradient, the file's is rounding.
+    """
+    data, _ = case(name)
+    net = network(name).train().double()
+
+    def rounded(_module: nn.Module, _inputs: object, output: object) -> Tensor | None:
+        if not isinstance(output, Tensor):
+            return None
+        return output * (1 + 2.0**-24 * torch.randn(output.shape, generator=rounding, dtype=output.dtype))
+
+    for module in net.modules() if rounding else ():
+        module.register_forward_hook(rounded)
+    found = net(batch(name, size_step=size_step, dtype=torch.float64))[:, 0]
+    loss = (found - torch.from_numpy(data["target"])).abs().mean()
+    loss.backward()
+    shapes = weights(data)
+    marks = translated(net, {key: torch.full_like(shapes[key], i) for i, key in enumerate(data["grad_keys"])})
+    gradients = dict(net.named_parameters())
+    squares = torch.zeros(len(data["grad_keys"]), dtype=torch.float64)
+    for own, mark in marks.items():
+        squares.index_add_(0, mark.long().flatten(), gradients[own].grad.square().flatten())
+    used = torch.bincount(torch.cat([mark.long().flatten() for mark in marks.values()]), minlength=len(squares)) > 0
+    normed = torch.tensor([f"{key.removesuffix('fc.bias')}bn.running_mean" in shapes for key in data["grad_keys"]])
+    assert squares[normed & used].sqrt().max() < 1e-3
+    unused = {str(key) for key, here in zip(data["grad_keys"], used, strict=True) if not here}
+    assert not {key for key in unused if not key.startswith("pe_embedding.") and ".bns.3." not in key}
+    compared = used & ~normed
+    return {
+        "y_train": found.detach(),
+        "loss_train_l1": loss.detach(),
+        "grad_norms": squares.sqrt()[compared],
+        "compared": compared,
+    }
+
+
 @pytest.mark.parametrize("size_step", [1, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_loss_and_gradients_in_training(name, size_step):
     """Batch statistics see the padding that the released code sees, although there is next to none here.
 
-    In one case batch norm on few rows amplifies rounding until a unit crosses its ReLU's kink: that is in float64.
+    Batch norm of rows that are nearly alike blows rounding up, in one case to 1e-3, so that the file's numbers are its
+    processor's. How far that goes is not guessed: it is what the same rounding does to ours, four deviations of it.
     """
     data, _ = case(name)
-    dtype = torch.float64 if name == "spe_transformer_psi" else torch.float32
-    net = network(name).train().to(dtype)
-    found = net(batch(name, size_step=size_step, dtype=dtype))[:, 0]
-    close(found, data["y_train"], **TRAINED)
-    loss = (found - torch.from_numpy(data["target"])).abs().mean()
-    assert float(loss.detach()) == pytest.approx(float(data["loss_train_l1"]), rel=1e-3)
-    loss.backward()
-    shapes = weights(data)
-    marks = translated(net, {key: torch.full_like(shapes[key], i) for i, key in enumerate(data["grad_keys"])})
-    gradients = dict(net.named_parameters())
-    norms = torch.zeros(len(data["grad_keys"]), dtype=torch.float64)
-    for own, mark in marks.items():
-        square = gradients[own].grad.double().square()
-        norms.index_add_(0, mark.long().flatten(), square.flatten())
-    used = torch.bincount(torch.cat([mark.long().flatten() for mark in marks.values()]), minlength=len(norms)) > 0
-    normed = [f"{key.removesuffix('fc.bias')}bn.running_mean" in shapes for key in data["grad_keys"]]
-    zero = torch.tensor(normed) & used  # a bias before batch norm has no gradient; the file's is rounding
-    assert norms[zero].sqrt().max() < 1e-3
-    rest = used & ~zero
-    close(norms.sqrt()[rest], data["grad_norms"][rest.numpy()], **TRAINED)
-    unused = {str(key) for key, here in zip(data["grad_keys"], used, strict=True) if not here}
-    assert not {key for key in unused if not key.startswith("pe_embedding.") and ".bns.3." not in key}
+    found = trained(name, size_step)
+    rounding = torch.Generator().manual_seed(0)
+    noisy = [trained(name, size_step, rounding) for _ in range(8)]
+    for key, rtol, atol in (("y_train", 1e-2, 1e-3), ("loss_train_l1", 1e-3, 0.0), ("grad_norms", 1e-2, 1e-3)):
+        expected = torch.from_numpy(np.asarray(data[key])).double()
+        if key == "grad_norms":
+            expected = expected[found["compared"]]
+        allowed = atol + rtol * expected.abs() + 4 * torch.stack([one[key] for one in noisy]).std(0)
+        assert ((found[key] - expected).abs() <= allowed).all(), key
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("spe")])

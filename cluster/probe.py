@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from library.errors import PrismError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_SECONDS = 4.0
 ANSWER_SECONDS = 5.0
 
@@ -50,6 +51,14 @@ def web_service(url: str, *, what: str) -> None:
         return  # it answered: whether it lets this user in is for the request itself to find out
     except (OSError, ValueError) as error:
         raise PrismError(f"no {what} answers at {url}: the port is open but does not speak HTTP") from error
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether a URL names this machine's loopback; what is no URL does not."""
+    try:
+        return urlsplit(url).hostname in LOOPBACK
+    except ValueError:
+        return False
 
 
 def _reach(host: str, port: int, *, what: str, where: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 HERE = "http://127.0.0.1:8265"
+TOKEN = Path("~/.ray/auth_token")  # where Ray keeps it
 DASHBOARD = "dashboard of a Ray cluster"
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 POLL_S = 0.5
@@ -169,12 +170,39 @@ def _dashboard(address: str | None) -> str:
 
 
 def _client(address: str) -> "JobSubmissionClient":
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with _clear_errors(f"cannot use the {DASHBOARD} at {address}"):
-        return JobSubmissionClient(address)
+    token = _token(address)
+    try:
+        with _clear_errors(f"cannot use the {DASHBOARD} at {address}"):
+            return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    except AuthenticationError as error:
+        raise PrismError(
+            f"the {DASHBOARD} at {address} wants {'another token' if token else 'a token'}: "
+            "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what ~/.ray/auth_token holds on the cluster's head"
+        ) from error
+
+
+def _token(address: str) -> str | None:
+    """Ray's token, when one was given or the cluster is this machine's and the user has its file; else None.
+
+    `ray start` takes that file for granted, Ray's clients of its dashboard do not. Where RAY_AUTH_MODE is set, they
+    send it themselves. The environment is left alone: a Ray that this process starts would read it.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return None
+    if given := os.environ.get("RAY_AUTH_TOKEN"):
+        return given
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path is None and not probe.on_this_machine(address):
+        return None
+    try:
+        return Path(path or TOKEN).expanduser().read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 async def _next(log: Any) -> str | None:

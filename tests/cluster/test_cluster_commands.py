@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import yaml
 
 import prism
 from cluster import render
-from cluster.submit import Jobs, entrypoint, environment
+from cluster.submit import Jobs, _token, entrypoint, environment
 from jobs import flags, job_class
 from jobs.cluster_commands import SubmitOptions
 from jobs.commands import RunOptions
@@ -185,6 +187,80 @@ def test_no_dashboard_is_said_in_one_line(closed_port: int, web_port: int, capfd
     assert "no dashboard of a Ray cluster at" in capfd.readouterr().err
     assert prism.main(["submit", "--address", f"http://127.0.0.1:{web_port}", "--", "true"]) == 1
     assert capfd.readouterr().err.count("\n") == 1
+
+
+class WantsToken(BaseHTTPRequestHandler):
+    """A dashboard that answers who sends its token, and knows no job."""
+
+    token = "0123456789abcdef" * 4
+
+    def _answer(self) -> None:
+        known = any(self.token in value for value in self.headers.values())
+        versions = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+        status = 401 if not known else 200 if self.path.endswith(("version", "health")) else 404
+        text = {401: "Unauthorized: Missing authentication token", 404: "no such job", 200: json.dumps(versions)}[
+            status
+        ]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_GET = do_POST = _answer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        ("", "wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+        ("f" * 64, "wants another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+        (WantsToken.token, "no such job"),
+    ],
+)
+def test_a_dashboard_of_this_machine_gets_the_token_of_its_user(tmp_path: Path, token: str, says: str) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WantsToken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    left = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = ["submit", "--address", f"http://127.0.0.1:{server.server_port}", "--stop", "x"]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "prism", *command],
+            env=left | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_token_of_another_machines_cluster_is_not_guessed_and_the_environment_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A Ray that this process starts later would read what was set there, and not be let in by its own."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "token"
+    file.write_text("secret\n")
+    monkeypatch.setattr("cluster.submit.TOKEN", file)
+    before = dict(os.environ)
+    assert _token("http://127.0.0.1:8265") == _token("http://localhost:8265") == "secret"
+    assert _token("http://head.example:8265") is None
+    assert dict(os.environ) == before
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    assert _token("http://head.example:8265") == "secret"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert _token("http://127.0.0.1:8265") is None
 
 
 def test_commands_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:

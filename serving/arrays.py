@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NUMBERS = re.compile(r"[<>|=](?:f[248]|[iu][1248]|b1)")
 LONGEST_HEADER = 10_000
 COMPRESSION = 3  # number of the field in Arrow's RecordBatch
+DEPTH = 2  # levels of lists, where there may be any
 PLAIN_TYPES = ("floating", "integer", "string", "large_string", "binary", "large_binary", "timestamp")
 
 
@@ -58,8 +59,11 @@ def _header(content: bytes, name: str) -> tuple[int, str]:
     return begin + length, content[begin : begin + length].decode("latin-1")
 
 
-def table(content: bytes) -> "pyarrow.Table":
-    """The table of an Arrow stream. Raises InputError."""
+def table(content: bytes, *, nested: bool = False) -> "pyarrow.Table":
+    """The table of an Arrow stream; its columns hold numbers or texts or, with `nested`, lists of them or of such.
+
+    Raises InputError.
+    """
     import pyarrow
 
     try:
@@ -68,10 +72,9 @@ def table(content: bytes) -> "pyarrow.Table":
                 raise InputError("body: an Arrow stream without compression and dictionaries is needed")
         found = pyarrow.ipc.open_stream(pyarrow.BufferReader(content)).read_all()
         for field in found.schema:
-            if not any(getattr(pyarrow.types, f"is_{kind}")(field.type) for kind in PLAIN_TYPES):
-                raise InputError(
-                    f"body: column {field.name[:64]} is of {str(field.type)[:80]}; numbers and texts are read"
-                )
+            if not _is_plain(field.type, DEPTH if nested else 0):
+                read = "numbers, texts and lists of them" if nested else "numbers and texts"
+                raise InputError(f"body: column {field.name[:64]} is of {str(field.type)[:80]}; {read} are read")
         found.validate(full=True)
     except (pyarrow.ArrowException, OSError, ValueError, struct.error) as error:
         if isinstance(error, InputError):
@@ -80,6 +83,22 @@ def table(content: bytes) -> "pyarrow.Table":
     if not found.num_rows or not found.num_columns:
         raise InputError("body: the table is empty")
     return found
+
+
+def _is_plain(kind: "pyarrow.DataType", depth: int) -> bool:
+    """Whether a column of it holds no more than its bytes: numbers and texts, or at most `depth` levels of lists."""
+    from pyarrow import types
+
+    if any(getattr(types, f"is_{name}")(kind) for name in PLAIN_TYPES):
+        return True
+    return depth > 0 and is_list(kind) and _is_plain(kind.value_type, depth - 1)
+
+
+def is_list(kind: "pyarrow.DataType") -> bool:
+    """Whether a column of it holds lists; fixed ones of no length, of which bytes say nothing, are none."""
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or (types.is_fixed_size_list(kind) and kind.list_size > 0)
 
 
 def _compressed(metadata: Any) -> bool:

@@ -5,12 +5,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.probe import on_this_machine
 from library.errors import InputError, PrismError
 from serving.app import named
 
 URL = "http://127.0.0.1:8000"
 RETRY_S = 20.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def example(endpoint: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def ask(
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     base = url.rstrip("/")
     try:
-        with httpx.Client(timeout=timeout, headers=headers, trust_env=httpx.URL(base).host not in LOOPBACK) as client:
+        with httpx.Client(timeout=timeout, headers=headers, trust_env=not on_this_machine(base)) as client:
             response = _posted(client, f"{base}/{endpoint}/predict", body)
             served = _served(client, base) if response.status_code == 404 else []
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

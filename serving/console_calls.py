@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from serving.client import LOOPBACK, ask
+from cluster.probe import on_this_machine
+from serving.client import ask
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Endpoints:
 
         found: dict[str, dict[str, Any] | str] = {}
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        trust = httpx.URL(self.url).host not in LOOPBACK
+        trust = not on_this_machine(self.url)
         deadline = time.monotonic() + 10
         with httpx.Client(headers=headers, trust_env=trust) as client:
             for name in names:

@@ -122,6 +122,7 @@ class Endpoint(ABC):
     request_cost        the most that one request may cost, unless the deployment says otherwise
     batch_cost          the most that requests which share a batch may cost together, likewise
     media               bodies beside JSON that `read` understands, of NPY and ARROW
+    nested              whether its tables may have columns of lists, and of lists of lists
     score_bounds        edges of the histogram of `scores`
 
     `load`, `answer` and `cost` block: the replica calls the first two outside its event loop, `cost` must be quick.
@@ -138,6 +139,7 @@ class Endpoint(ABC):
     request_cost: ClassVar[int]
     batch_cost: ClassVar[int]
     media: ClassVar[tuple[str, ...]] = ()
+    nested: ClassVar[bool] = False
     score_bounds: ClassVar[tuple[float, ...]] = tuple(step / 20 for step in range(1, 20))
 
     @classmethod

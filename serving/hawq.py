@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 File = Annotated[str, Field(min_length=4, max_length=20_000_000)]
 Row = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=4096)]
+SMALL = 100  # layers x bit numbers of a question that is answered in a few milliseconds
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -232,10 +233,20 @@ class Advise(Endpoint):
         return cls(measured_sensitivity(artifact), artifact.version)
 
     def cost(self, request: AdviseRequest) -> int:
-        return max(1, len(request.traces or ()) * len(request.bits or ()))
+        return max(1, self._size(request)[0])
 
     def group(self, request: AdviseRequest) -> Hashable:
-        return id(request)
+        """Small questions share a call, which costs as much as the answer to one; a larger one has its own."""
+        size, has_errors = self._size(request)
+        return () if size <= SMALL and not has_errors else id(request)
+
+    def _size(self, request: AdviseRequest) -> tuple[int, bool]:
+        """Layers times bit numbers, and whether their stability is asked for, which is tens of answers' work."""
+        if request.traces is not None:
+            return len(request.traces) * len(request.bits or ()), request.errors is not None
+        if self.found is None:
+            return 0, False
+        return self.found.perturbation.numel(), bool(self.found.probe_error.isfinite().all())
 
     def answer(self, requests: Sequence[AdviseRequest]) -> list[AdviseResponse]:
         return [self._advised(request) for request in requests]

@@ -34,7 +34,7 @@ def read(endpoint: type[Endpoint], content_type: str | None, query: Mapping[str,
         if kind == JSON:
             return endpoint.Request.model_validate_json(content)
         settings = {name: _value(text) for name, text in query.items()}
-        return endpoint.read(npy(content) if kind == NPY else table(content), settings)
+        return endpoint.read(npy(content) if kind == NPY else table(content, nested=endpoint.nested), settings)
     except ValidationError as error:
         found = error.errors(include_url=False)
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from error

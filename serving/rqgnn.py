@@ -1,14 +1,18 @@
 """The endpoint `graph-anomaly`: is a graph unlike the many normal ones, how likely, and what tells."""
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Annotated, Self
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from library.errors import InputError
-from serving.endpoint import Endpoint, Request, Response, optional
+from serving.endpoint import ARROW, BulkRequest, Endpoint, Request, Response, optional
+from serving.rqgnn_graphs import LONGEST_KIND, MOST_GRAPHS, GraphList
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from library.artifact import Artifact
     from library.rqgnn.detector import Evidence, Finding, GraphAnomalyDetector
 
@@ -17,7 +21,7 @@ EDGES_PER_NODE = 10  # beyond which edges, not nodes, are what a graph costs
 MOST_EXPLAINED = 1_000  # nodes of one graph whose spectrum is taken
 Node = Annotated[int, Field(ge=0, le=MOST_NODES)]
 Edge = Annotated[list[Node], Field(min_length=2, max_length=2)]
-Kind = Annotated[str, Field(min_length=1, max_length=64)]
+Kind = Annotated[str, Field(min_length=1, max_length=LONGEST_KIND)]
 Row = Annotated[list[float], Field(min_length=1, max_length=4096)]
 ASPIRIN = {
     "kinds": ["C", "C", "O", "O", "C", "C", "C", "C", "C", "C", "C", "O", "O"],
@@ -55,7 +59,7 @@ class Graph(Request):
             raise ValueError("kinds: give either kinds or features, one for each node")
         if self.features is not None and len({len(row) for row in self.features}) > 1:
             raise ValueError("features: rows differ in length")
-        top = max((max(edge) for edge in self.edges), default=0)
+        top = max(chain.from_iterable(self.edges), default=0)
         if top >= self.size:
             raise ValueError(f"edges: node {top} is not there; nodes are 0 to {self.size - 1}")
         return self
@@ -66,20 +70,40 @@ class Graph(Request):
         return len(self.kinds if self.kinds is not None else self.features)
 
 
-class GraphAnomalyRequest(Request):
-    """Graphs, and what is wanted about them."""
+class GraphAnomalyRequest(BulkRequest):
+    """Graphs, and what is wanted about them.
 
-    graphs: list[Graph] = Field(min_length=1, max_length=4096)
+    Graphs may also be the body itself: an Arrow table with a row for each graph and the columns `edges`, lists of
+    pairs, and `kinds` or `features`, a list with one entry for each node.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"required": ["graphs"]})
+
+    graphs: list[Graph] = optional(min_length=1, max_length=MOST_GRAPHS)
     threshold: float = optional(ge=0, le=1, description="Instead of the one chosen on validation graphs.")
     explain: bool = Field(False, description="Return each graph's spectrum, energy curves and node scores.")
 
     @model_validator(mode="after")
-    def _explainable(self) -> Self:
-        if self.explain:
-            for place, graph in enumerate(self.graphs):
-                if graph.size > MOST_EXPLAINED:
-                    raise ValueError(f"explain: graph {place} has {graph.size} nodes; at most {MOST_EXPLAINED} here")
+    def _whole(self) -> Self:
+        if (self.graphs is None) == (self.bulk is None):
+            given = "needed, here or as the body's table" if self.bulk is None else "they are the body already"
+            raise ValueError(f"graphs: {given}")
+        for place, size in enumerate(self.sizes() if self.explain else ()):
+            if size > MOST_EXPLAINED:
+                raise ValueError(f"explain: graph {place} has {size} nodes; at most {MOST_EXPLAINED} here")
         return self
+
+    def sizes(self) -> list[int]:
+        """The number of nodes of each graph."""
+        return self.bulk.sizes if self.bulk is not None else [graph.size for graph in self.graphs]
+
+    def edge_counts(self) -> list[int]:
+        """The number of edges of each graph."""
+        return self.bulk.edge_counts if self.bulk is not None else [len(graph.edges) for graph in self.graphs]
+
+    def listed(self) -> GraphList:
+        """The graphs in one piece. Raises InputError when nodes of some have kinds, of others features."""
+        return self.bulk if self.bulk is not None else GraphList.of_bodies(self.graphs)
 
 
 class EnergyCurve(BaseModel, frozen=True):
@@ -135,6 +159,8 @@ class GraphAnomaly(Endpoint):
         "molecules": {"graphs": [ASPIRIN, ETHANOL]},
         "explained": {"graphs": [ASPIRIN], "explain": True},
     }
+    media = (ARROW,)
+    nested = True
     cost_unit = "nodes"
     request_cost = MOST_NODES
     batch_cost = MOST_NODES
@@ -148,8 +174,13 @@ class GraphAnomaly(Endpoint):
 
         return cls(GraphAnomalyDetector.from_artifact(artifact, device), artifact.version)
 
+    @classmethod
+    def read(cls, body: "pyarrow.Table", settings: dict[str, Any]) -> GraphAnomalyRequest:
+        return GraphAnomalyRequest.model_validate(settings, context=GraphList.of_table(body))
+
     def cost(self, request: GraphAnomalyRequest) -> int:
-        return sum(max(graph.size, len(graph.edges) // EDGES_PER_NODE) for graph in request.graphs)
+        counts = zip(request.sizes(), request.edge_counts(), strict=True)
+        return sum(max(size, edges // EDGES_PER_NODE) for size, edges in counts)
 
     def scores(self, response: GraphAnomalyResponse) -> list[float]:
         return [result.anomaly_probability for result in response.results]
@@ -158,11 +189,11 @@ class GraphAnomaly(Endpoint):
         return request.explain
 
     def answer(self, requests: Sequence[GraphAnomalyRequest]) -> list[GraphAnomalyResponse]:
-        graphs = [graph for request in requests for graph in request.graphs]
-        found = iter(self._findings(graphs, explain=requests[0].explain))
+        listed = GraphList.joined([request.listed() for request in requests])
+        found = iter(self._findings(listed, explain=requests[0].explain))
         return [
             GraphAnomalyResponse(
-                model=self.version, results=[self._result(next(found), request.threshold) for _ in request.graphs]
+                model=self.version, results=[self._result(next(found), request.threshold) for _ in request.sizes()]
             )
             for request in requests
         ]
@@ -170,40 +201,34 @@ class GraphAnomaly(Endpoint):
     def limits(self) -> dict[str, int]:
         return {"features": self.detector.width, "explained_nodes": MOST_EXPLAINED}
 
-    def _findings(self, graphs: "Sequence[Graph]", *, explain: bool) -> "list[Finding]":
+    def _findings(self, graphs: GraphList, *, explain: bool) -> "list[Finding]":
         import torch
 
         from library.spectral.graphs import Graphs
 
-        sizes = [graph.size for graph in graphs]
-        pairs = torch.tensor([edge for graph in graphs for edge in graph.edges], dtype=torch.int64).reshape(-1, 2).mT
-        try:
-            batch = Graphs.from_edges(sizes, pairs, edge_counts=[len(graph.edges) for graph in graphs])
-        except InputError as error:
-            raise InputError(f"graphs: {error}") from error
         wants_kinds = self.detector.vocabulary is not None
-        for graph in graphs:
-            if (graph.kinds is not None) != wants_kinds:
-                raise InputError(f"graphs: this model takes {'kinds' if wants_kinds else 'features'} of the nodes")
+        if (graphs.kinds is not None) != wants_kinds:
+            raise InputError(f"graphs: this model takes {'kinds' if wants_kinds else 'features'} of the nodes")
+        if not wants_kinds and graphs.width != self.detector.width:
+            raise InputError(f"graphs: each node needs {self.detector.width} features")
         try:
+            pairs = torch.from_numpy(graphs.ends).mT
+            batch = Graphs.from_edges(graphs.sizes, pairs, edge_counts=graphs.edge_counts)
             if wants_kinds:
-                return self.detector.detect(batch, kinds=[graph.kinds for graph in graphs], explain=explain)
-            rows = [row for graph in graphs for row in graph.features]
-            if any(len(row) != self.detector.width for row in rows):
-                raise InputError(f"each node needs {self.detector.width} features")
-            return self.detector.detect(batch, features=torch.tensor(rows), explain=explain)
+                return self.detector.detect(batch, kinds=graphs.kinds, explain=explain)
+            return self.detector.detect(batch, features=torch.from_numpy(graphs.features).float(), explain=explain)
         except InputError as error:
             raise InputError(f"graphs: {error}") from error
 
     def _result(self, found: "Finding", threshold: float | None) -> GraphFinding:
         limit = found.threshold if threshold is None else threshold
-        names = self._names()
-        present = found.present.nonzero().flatten().tolist()
+        names, quotients = self._names(), found.quotients.tolist()
+        present = [i for i, there in enumerate(found.present.tolist()) if there]
         return GraphFinding(
             anomaly_probability=found.probability,
             is_anomalous=found.probability >= limit,
             threshold=limit,
-            rayleigh_quotient={names[i]: float(found.quotients[i]) for i in present},
+            rayleigh_quotient={names[i]: quotients[i] for i in present},
             without_edges=found.without_edges,
             explanation=None if found.evidence is None else self._explanation(found.evidence, present, names),
         )

@@ -91,8 +91,8 @@ class ActivationQuantizer(nn.Module):
         if self.calibrating:
             self.observe(x)
         scale, least, most = self.settings.scale(self.low, self.high, self.bits)
-        integers = torch.clamp(torch.round(x.detach() / scale), least, most)
-        return straight_through(x, integers * scale)
+        integers = (x.detach() / scale).round_().clamp_(least, most)  # one array of the input's size, not four
+        return straight_through(x, integers.mul_(scale))
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
 
 def straight_through(value: Tensor, quantized: Tensor) -> Tensor:
     """`quantized`, whose gradient to `value` is the identity everywhere, also where it was clamped."""
-    return _StraightThrough.apply(value, quantized)
+    return _StraightThrough.apply(value, quantized) if torch.is_grad_enabled() else quantized
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -162,14 +162,17 @@ class GraphAnomalyDetector:
         margins, scores = self.scores(prepared)
         probabilities = self.decision.scaling.probability(margins)
         limit = self.decision.threshold if threshold is None else threshold
-        present = prepared.squares > 0
-        found = quotients(prepared.energies, prepared.squares)
-        evidence = self._evidence(prepared, scores) if explain else [None] * len(graphs)
+        parts = zip(
+            probabilities.tolist(),
+            quotients(prepared.energies, prepared.squares).unbind(),
+            (prepared.squares > 0).unbind(),
+            (graphs.edge_counts == 0).tolist(),
+            self._evidence(prepared, scores) if explain else [None] * len(graphs),
+            strict=True,
+        )
         return [
-            Finding(
-                float(p), float(p) >= limit, limit, found[i], present[i], int(graphs.edge_counts[i]) == 0, evidence[i]
-            )
-            for i, p in enumerate(probabilities)
+            Finding(probability, probability >= limit, limit, own, present, without_edges, evidence)
+            for probability, own, present, without_edges, evidence in parts
         ]
 
     @torch.no_grad()

@@ -16,6 +16,8 @@ from library.images.recipe import ClassifierRecipe
 from library.recipe import fit
 from serving.app import Served, serve_endpoints
 from serving.client import ask
+from serving.endpoint import answer_batch
+from serving.hawq import Advise, AdviseRequest
 
 CLASSIFIER = ClassifierRecipe(steps=40, batch_size=64, train_images=2500, validation_fraction=0.03)
 
@@ -74,6 +76,21 @@ def test_bits_are_advised_for_the_served_network_and_for_numbers(served, artifac
     assert answer["slack"] == pytest.approx(answer["limit"] - answer["cost"])
     assert 0 <= answer["stability"] <= 1
     assert len(ask("advise", None, served.url)["bits"]) == 3
+
+
+def test_small_questions_share_a_call_and_larger_ones_do_not_wait_for_each_other(artifact):
+    endpoint = Advise.load(artifact, "cpu")
+
+    def asked(layers: int, **more: object) -> AdviseRequest:
+        network = {"traces": [1.0] * layers, "n_params": [10] * layers, "perturbation": [[1.0, 0.1]] * layers}
+        return AdviseRequest.model_validate({"bits": [2, 4], "fraction": 1.0} | network | more)
+
+    large, tested = [asked(60), asked(60)], [asked(3, errors=[0.1] * 3), asked(3, errors=[0.1] * 3)]
+    requests = [asked(3), *large, asked(4), *tested]
+    answered = {tuple(places): outcomes for places, outcomes in answer_batch(endpoint, requests)}
+    assert sorted(answered) == [(0, 3), (1,), (2,), (4,), (5,)]
+    for places, outcomes in answered.items():
+        assert outcomes == endpoint.answer([requests[place] for place in places])
 
 
 @pytest.mark.ray

@@ -1,11 +1,15 @@
 """The endpoint `graph-anomaly` over real HTTP: what the library finds, the evidence, and bodies that are refused."""
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import pyarrow as pa
 import pytest
 import torch
+from fastapi.exceptions import RequestValidationError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +20,10 @@ from library.rqgnn import GraphAnomalyDetector, RqgnnRecipe
 from library.spectral import Graphs
 from serving.app import Served, serve_endpoints
 from serving.client import ask
-from serving.endpoint import answer_batch
+from serving.endpoint import ARROW, answer_batch
+from serving.payloads import read
 from serving.rqgnn import ETHANOL, GraphAnomaly
+from tests.serving.test_payloads import arrow_bytes
 
 RING = {"kinds": ["C"] * 6, "edges": [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 0]]}
 
@@ -112,6 +118,90 @@ def test_requests_of_one_batch_do_not_see_each_other(artifact) -> None:
     assert third.results[0].anomaly_probability == pytest.approx(alone.results[0].anomaly_probability, abs=1e-6)
     assert not third.results[0].is_anomalous
     assert len(first.results) == 2
+
+
+PAIRS = pa.list_(pa.list_(pa.int64(), 2))
+GRAPHS = [RING, ETHANOL, {"kinds": ["N"], "edges": []}]
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, pa.large_list(pa.list_(pa.uint8()))])
+def test_a_table_of_graphs_gets_the_answer_of_the_same_graphs_in_json(served, pairs) -> None:
+    edges = pa.array([graph["edges"] for graph in GRAPHS], pairs)
+    graphs = pa.table({"kinds": [graph["kinds"] for graph in GRAPHS], "edges": edges})
+    content = arrow_bytes(pa.concat_tables([graphs[:2], graphs[2:]]))
+    url = f"{served.url}/graph-anomaly/predict?threshold=0.5&explain=true"
+    response = httpx.post(url, content=content, headers={"Content-Type": ARROW}, timeout=60, trust_env=False)
+    assert response.status_code == 200, response.text
+    wanted = ask("graph-anomaly", {"graphs": GRAPHS, "threshold": 0.5, "explain": True}, served.url)
+    assert response.json() == wanted
+
+
+def test_the_documents_example_runs(served, monkeypatch, capsys) -> None:
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    [example] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    exec(example.replace("http://127.0.0.1:8000", served.url), {})
+    assert re.fullmatch(r"\[(True|False), (True|False)\]\n", capsys.readouterr().out)
+
+
+def test_rows_of_features_come_in_a_table_too() -> None:
+    edges = pa.array([[[0, 1]], []], PAIRS)
+    rows = [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]]
+    found = read(GraphAnomaly, ARROW, {"explain": "true"}, arrow_bytes(pa.table({"features": rows, "edges": edges})))
+    body = {"graphs": [{"features": rows[0], "edges": [[0, 1]]}, {"features": rows[1], "edges": []}]}
+    listed = GraphAnomaly.Request.model_validate(body | {"explain": True}).listed()
+    assert found.explain
+    assert (found.bulk.sizes, found.bulk.edge_counts, found.bulk.kinds) == ([2, 1], [1, 0], None)
+    for name in ("ends", "features"):
+        assert getattr(found.bulk, name).tolist() == getattr(listed, name).tolist()
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"kinds": [["C"]]}, "columns `edges` and `kinds`, or `edges` and `features`"),
+        ({"kinds": [["C"]], "edges": pa.array([[]], PAIRS), "name": ["x"]}, "columns `edges` and `kinds`"),
+        ({"kinds": ["C"], "edges": pa.array([[]], PAIRS)}, "column kinds is of string; a list for each graph"),
+        ({"kinds": [[["C"]]], "edges": pa.array([[]], PAIRS)}, "column kinds holds lists of list"),
+        ({"kinds": [["C", ""]], "edges": pa.array([[]], PAIRS)}, "texts of 1 to 64 characters"),
+        ({"kinds": [["C" * 65]], "edges": pa.array([[]], PAIRS)}, "texts of 1 to 64 characters"),
+        ({"kinds": [["C", None]], "edges": pa.array([[]], PAIRS)}, "column kinds has missing entries in a list"),
+        ({"kinds": [["C"], None], "edges": pa.array([[], []], PAIRS)}, "column kinds has missing entries"),
+        ({"kinds": [["C"] * 3], "edges": [[[0, 1], [1]]]}, "column edges holds rows of 1 to 2 numbers"),
+        ({"kinds": [["C"] * 3], "edges": [[[0, 1, 2]]]}, "column edges holds 3 node numbers in a row"),
+        ({"kinds": [["C"] * 3], "edges": [[[0.0, 1.0]]]}, "lists of rows of node numbers are needed"),
+        ({"kinds": [["C"] * 3], "edges": [[0, 1]]}, "lists of rows of node numbers are needed"),
+        ({"kinds": [["C"] * 3], "edges": [[[0, None]]]}, "column edges has missing entries in a list"),
+        ({"features": [[[1.0], [1.0, 2.0]]], "edges": pa.array([[]], PAIRS)}, "rows of 1 to 2 numbers"),
+        ({"features": [[["C"]]], "edges": pa.array([[]], PAIRS)}, "lists of rows of numbers are needed"),
+        ({"kinds": [["C"]] * 5000, "edges": pa.array([[]] * 5000, PAIRS)}, "5000 graphs; at most 4096"),
+        ({"kinds": [["C"]], "edges": [[]]}, "numbers, texts and lists of them are read"),
+        ({"kinds": [["C"]], "edges": pa.array([[]], pa.list_(pa.list_(pa.int64(), 0)))}, "are read"),
+        ({"kinds": [["C"]], "edges": pa.array([[]], pa.list_(pa.list_(pa.list_(pa.int64()))))}, "are read"),
+    ],
+)
+def test_a_wrong_table_of_graphs_is_told_so(columns, line) -> None:
+    with pytest.raises(InputError, match=line):
+        read(GraphAnomaly, ARROW, {}, arrow_bytes(pa.table(columns)))
+
+
+@pytest.mark.parametrize(
+    ("edges", "line"),
+    [([[0, 3]], "node"), ([[0, -1]], "node"), ([[1, 1]], "self-loop"), ([[0, 1], [1, 0]], "twice")],
+)
+def test_edges_of_a_table_are_checked_like_those_of_json(artifact, edges, line) -> None:
+    asked = read(
+        GraphAnomaly, ARROW, {}, arrow_bytes(pa.table({"kinds": [["C"] * 3], "edges": pa.array([edges], PAIRS)}))
+    )
+    with pytest.raises(InputError, match=rf"^graphs: .*({line})"):
+        GraphAnomaly.load(artifact, "cpu").answer([asked])
+
+
+def test_graphs_come_once() -> None:
+    content = arrow_bytes(pa.table({"kinds": [["C"]], "edges": pa.array([[]], PAIRS)}))
+    with pytest.raises(RequestValidationError) as raised:
+        read(GraphAnomaly, ARROW, {"graphs": '[{"kinds": ["C"], "edges": []}]'}, content)
+    assert "they are the body already" in str(raised.value.errors())
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ try:
 except KeyboardInterrupt:  # before `main` can say so
     sys.exit(130)
 
+from cluster.ports import free_port
 from jobs import cluster_commands, commands, plan_command, registry_commands
 from jobs.commands import (
     BAD_INPUT,
@@ -79,9 +79,10 @@ class Serve(OnCluster):
     """Interface to listen on; 0.0.0.0 for all, and then set PRISM_TOKEN, which clients must present."""
     port: int = 8000
     """Port to listen on."""
-    ingress: Ingress = "proxy"
+    ingress: Ingress = "auto"
     """Who takes requests in: proxy, Serve's own; haproxy, compiled and many times faster, which hands them straight to
-    the replicas; fast, haproxy with Serve's throughput options. Ray must be started by this command."""
+    the replicas; fast, haproxy with Serve's throughput options; auto, haproxy where this command starts Ray and Ray
+    has it, else what Ray was started with."""
     replicas: int = 1
     """Processes that serve each endpoint: more answer more at once, and go on when one is lost."""
 
@@ -114,7 +115,11 @@ class Serve(OnCluster):
         where = {"host": self.host, "port": self.port, "address": self.address}
         with serve_endpoints(names, artifacts, **where, ingress=self.ingress, replicas=self.replicas) as served:
             terminate_like_interrupt()
-            yield served
+            try:
+                yield served
+            except KeyboardInterrupt:
+                tell("stopping: requests in flight are answered first")
+                raise
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,9 @@ class Console(Serve):
     def __call__(self) -> int:
         from serving.app import ENDPOINTS
         from serving.console import serve_console
+        from serving.ingress import prepare
 
+        prepare(self.ingress, self.address)
         with self.connected(room=len(ENDPOINTS)), self.deployed() as served, serve_console(served) as page:
             lines = [f"{name} serves {reference}" for name, reference in served.endpoints.items()]
             lines.append(f"open {page} in a browser    stop: Ctrl-C")
@@ -298,13 +305,6 @@ def json_object(given: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{source} holds {type(found).__name__}, not a JSON object")
     return found
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _keep_traceback() -> Path:

@@ -4,10 +4,14 @@ import json
 import logging
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cluster import probe
@@ -30,7 +34,14 @@ NOT_SHIPPED = (
 CLIENT_PROCESS_FAILED = "Starting Ray client server failed"  # Ray's words
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 ALLOWED = "allowed are local, auto, HOST:PORT and ray://HOST:PORT"
+LOOK_SECONDS = 2.0
 NODE_WAIT = 3.0  # seconds for a node that has just been started on this machine to appear in the cluster
+
+Result = TypeVar("Result")
+
+
+class ClusterGone(PrismError):
+    """No node of the cluster lives any more."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +63,29 @@ class Connection:
             f"{how} Ray at {self.address}: {nodes}, {self.cpus:g} CPUs, {self.gpus:g} GPUs, {self.memory_gib:.1f} GiB"
         )
 
+    def unless_gone(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns or raises; it runs in a thread of its own.
+
+        Many of Ray's calls wait for ever when the cluster ends under them. Raises ClusterGone then, after the 20
+        seconds or so in which Ray notices that no node lives.
+        """
+        outcome: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(call())
+            except BaseException as error:  # raised where it is waited for
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not futures.wait([outcome], timeout=LOOK_SECONDS).done:
+            if not _living_nodes():
+                raise ClusterGone(f"the Ray cluster at {self.address} is gone")
+        return outcome.result()
+
     def metrics(self) -> list[str]:
         """Where each living node shows its metrics, ours among them, to Prometheus."""
-        import ray
-
-        living = [node for node in ray.nodes() if node["Alive"]]
-        return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in living]
+        return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in _living_nodes()]
 
     def disconnect(self) -> None:
         """Leave the cluster, and stop it when this connection started it.
@@ -133,6 +161,12 @@ def connect(
         reason = lines[-1] if "Traceback" in str(error) else lines[0]  # a server's trace ends with its cause
         raise PrismError(f"cannot {_verb(target)}: {reason}") from error
     return _found(target, started=target is None, joined=True)
+
+
+def _living_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _init(target: str | None, options: dict[str, Any]) -> None:

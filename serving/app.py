@@ -127,12 +127,14 @@ class Served:
         import ray
         from ray.exceptions import RayError
 
+        from cluster.connection import ClusterGone
+
         if self._stopped or not ray.is_initialized():
             return
         self._stopped = True
         try:
-            self._take_away()
-        except RayError:
+            self._connection.unless_gone(self._take_away)
+        except (RayError, ClusterGone):
             LOG.warning("the Ray cluster behind %s went away before its endpoints were stopped", self.url)
         finally:
             if self._connection.started:
@@ -168,7 +170,7 @@ class Served:
 
         while True:
             try:
-                gone = self.endpoints.keys() - serve.status().applications.keys()
+                gone = self.endpoints.keys() - self._connection.unless_gone(serve.status).applications.keys()
             except (RayError, ConnectionError, RuntimeError) as error:
                 raise PrismError(f"the Ray cluster behind {self.url} is gone") from error
             if gone:
@@ -191,7 +193,7 @@ def serve_endpoints(
     host: str = "127.0.0.1",
     port: int = 8000,
     address: str | None = None,
-    ingress: Ingress = "proxy",
+    ingress: Ingress = "auto",
     replicas: int = 1,
 ) -> Served:
     """Deploy endpoints on Ray Serve and return when all of them are ready.
@@ -231,7 +233,7 @@ def serve_endpoints(
     wanted = replicas * len(chosen)
     share = min(1.0, connection.cpus / wanted) if connection.started else 1.0  # few cores serve many endpoints
     try:
-        _deploy(chosen, replicas=replicas, cpus=share)
+        _deploy(chosen, connection, replicas=replicas, cpus=share)
     except BaseException:
         served.stop()
         raise
@@ -323,7 +325,7 @@ def _socket(host: str) -> Iterator[socket.socket]:
         yield probe
 
 
-def _deploy(chosen: Mapping[str, str], *, replicas: int, cpus: float) -> None:
+def _deploy(chosen: Mapping[str, str], connection: "Connection", *, replicas: int, cpus: float) -> None:
     from ray import serve
 
     targets = [
@@ -337,7 +339,7 @@ def _deploy(chosen: Mapping[str, str], *, replicas: int, cpus: float) -> None:
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     deadline = time.monotonic() + READY_SECONDS
     while True:
-        applications = serve.status().applications
+        applications = connection.unless_gone(serve.status).applications
         waiting = {name: applications[name] for name in chosen if name in applications}
         for name, application in waiting.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):

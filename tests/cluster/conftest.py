@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.ports import free_port
 from library.artifact import Artifact, write_artifact
 
 
@@ -59,5 +60,4 @@ def web_port() -> Iterator[int]:
 @pytest.fixture
 def closed_port() -> int:
     """A port where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return free_port()

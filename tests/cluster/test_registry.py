@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from cluster import probe, registry
 from cluster.connection import ROOT
+from cluster.ports import free_port
 from cluster.registry_session import SETTINGS
 from library.artifact import open_artifact
 from library.errors import ArtifactError, InputError, PrismError
@@ -25,8 +25,7 @@ CONFIG = {"seed": 1, "recipe": {"lr": 0.001, "name": "pythia", "empty": {}, "siz
 def server(tmp_path_factory) -> Iterator[str]:
     """The address of a real MLflow server that keeps artifacts for its clients."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--workers=1", f"--port={port}"]
     command += [f"--backend-store-uri=sqlite:///{folder}/server.db", f"--artifacts-destination={folder}/artifacts"]
     environment = os.environ | SETTINGS | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

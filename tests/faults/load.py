@@ -12,22 +12,27 @@ PATIENCE_S = 120.0  # that a loaded machine may need to start a process
 
 
 class Load:
-    """Six clients that ask all the time, and keep what they got, how long it took, and the answer."""
+    """Six clients that ask all the time, half of them over one connection each while it lasts.
+
+    They keep what they got, how long it took, and the answer.
+    """
 
     def __init__(self, url: str):
         self.url, self.body, self.going = f"{url}/spectrum/predict", example("spectrum"), True
         self.outcomes: list[tuple[int | str, float, float | None]] = []
-        self.threads = [threading.Thread(target=self._ask) for _ in range(6)]
+        self.threads = [threading.Thread(target=self._ask, args=[number % 2]) for number in range(6)]
 
-    def _ask(self):
-        while self.going:
-            began = time.monotonic()
-            outcome, alpha = self._outcome()
-            self.outcomes.append((outcome, time.monotonic() - began, alpha))
+    def _ask(self, connections: int):
+        limits = httpx.Limits(max_keepalive_connections=connections)
+        with httpx.Client(timeout=LONGEST_S, trust_env=False, limits=limits) as client:
+            while self.going:
+                began = time.monotonic()
+                outcome, alpha = self._outcome(client)
+                self.outcomes.append((outcome, time.monotonic() - began, alpha))
 
-    def _outcome(self) -> tuple[int | str, float | None]:
+    def _outcome(self, client: httpx.Client) -> tuple[int | str, float | None]:
         try:
-            response = httpx.post(self.url, json=self.body, timeout=LONGEST_S, trust_env=False)
+            response = client.post(self.url, json=self.body)
         except httpx.TimeoutException:
             return "hung", None
         except httpx.TransportError:  # the process at the other end of the connection is gone

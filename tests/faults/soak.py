@@ -8,7 +8,6 @@ wrong.
 """
 
 import argparse
-import os
 import random
 import sys
 import tempfile
@@ -16,18 +15,20 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.table import Table
 
-from prism import free_port
+from cluster.ports import free_port
 from serving.app import ENDPOINTS, serve_endpoints
+from serving.ingress import Ingress
 from serving.trial import trial_artifacts
 
 GROWTH, ALLOWANCE_MB = 0.05, 30.0
-PROXY = "ProxyActor"
-PAGE = os.sysconf("SC_PAGE_SIZE")
+PROXIES = ("ProxyActor", "HAProxyManager")  # with HAProxy, whose process is the second's, both are there
 REFUSED = {"nonsense": 1}  # sent now and then: a request that is refused must not leak either
 
 
@@ -57,17 +58,17 @@ class Client(threading.Thread):
 
 
 def memory(endpoints: list[str]) -> dict[str, float]:
-    """Megabytes of each endpoint's replicas and of the proxy, in the Ray that this process started."""
+    """Megabytes of each endpoint's replicas and of the proxies, in the Ray that this process started."""
     from ray._private.state import actors
 
-    found = dict.fromkeys([*endpoints, PROXY], 0.0)
+    found = dict.fromkeys([*endpoints, *PROXIES], 0.0)
     for actor in actors().values():
         kind, _, rest = actor["ActorClassName"].partition(":")
         name = rest.partition(":")[0] if kind == "ServeReplica" else kind
         if name in found and actor["State"] == "ALIVE":
-            pages = int(Path(f"/proc/{actor['Pid']}/statm").read_text().split()[1])
-            found[name] += pages * PAGE / 2**20
-    return found
+            process = psutil.Process(actor["Pid"])
+            found[name] += sum(one.memory_info().rss for one in (process, *process.children())) / 2**20
+    return {name: size for name, size in found.items() if size}
 
 
 def main() -> int:
@@ -75,11 +76,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--endpoints", nargs="+", default=list(ENDPOINTS), choices=sorted(ENDPOINTS))
+    parser.add_argument("--ingress", default="auto", choices=get_args(Ingress))
     parser.add_argument("--clients", type=int, default=2, help="of each endpoint")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         artifacts = trial_artifacts(flags.endpoints, Path(folder))
-        with serve_endpoints(artifacts=artifacts, port=free_port()) as served:
+        with serve_endpoints(artifacts=artifacts, port=free_port(), ingress=flags.ingress) as served:
             clients = [Client(served.url, name, seed) for name in flags.endpoints for seed in range(flags.clients)]
             for client in clients:
                 client.start()
@@ -97,9 +99,9 @@ def main() -> int:
         counts = sum((client.statuses for client in clients if client.endpoint == name), Counter())
         wrong = {status: count for status, count in counts.items() if status != "right"}
         grown = late[name] > early[name] * (1 + GROWTH) + ALLOWANCE_MB
-        failed |= bool(wrong) or grown or (name != PROXY and not counts["right"])
+        failed |= bool(wrong) or grown or (name not in PROXIES and not counts["right"])
         said = ", ".join(f"{status} {count}" for status, count in wrong.items()) or "none"
-        answers = "" if name == PROXY else str(counts["right"])
+        answers = "" if name in PROXIES else str(counts["right"])
         table.add_row(name, answers, said, f"{early[name]:.0f}", f"{late[name]:.0f}{' grew' if grown else ''}")
     Console().print(table)
     return int(failed)

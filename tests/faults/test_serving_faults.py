@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray import serve
 
-import prism
+from cluster.ports import free_port
 from serving.app import Served, serve_endpoints
 from serving.client import ask
 from serving.trial import trial_artifacts
@@ -24,7 +24,7 @@ def artifact(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(shared_ray, artifact) -> Iterator[Served]:
     shared_ray.connection()
-    with serve_endpoints(artifacts={"spectrum": str(artifact)}, port=prism.free_port(), replicas=2) as served:
+    with serve_endpoints(artifacts={"spectrum": str(artifact)}, port=free_port(), replicas=2) as served:
         yield served
 
 
@@ -68,7 +68,10 @@ def test_a_replica_or_the_controller_is_killed_and_nobody_notices(served, right,
         load.wait_for(200, 30)
     assert load.statuses() == {200}
     check(load, right)
-    assert serve.status().applications["spectrum"].status == "RUNNING"
+    deadline = time.monotonic() + PATIENCE_S
+    while serve.status().applications["spectrum"].status != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_the_proxy_is_killed_and_comes_back(served, right):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from cluster import ports
 from library.artifact import Artifact, open_artifact, write_artifact
 from serving.trial import trial_artifacts
 
@@ -42,9 +43,7 @@ def _rewritten(artifact: Artifact, path: Path, **changes) -> Artifact:
 @pytest.fixture(scope="module")
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return ports.free_port()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 from ray import serve
@@ -99,17 +100,61 @@ def test_the_builder_refuses_what_it_cannot_serve(ready_registry, send_artifact,
         build(EndpointArgs(endpoint="score", artifact=str(send_artifact.path), token_file=str(empty)))
 
 
+@pytest.fixture
+def no_ray_yet(monkeypatch) -> dict[str, str]:
+    """The environment of a process that will start Ray."""
+    monkeypatch.setattr("serving.ingress._runs", lambda: False)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_SERVE_", "RAY_ADDRESS"))}
+    monkeypatch.setattr("os.environ", plain)
+    return plain
+
+
 def test_who_takes_requests_in_is_decided_before_ray_starts(ray_cluster, send_artifact, monkeypatch):
     for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="--ingress fast is decided when Ray starts: set RAY_SERVE_ENABLE_HA_PROXY=1"):
         serve_endpoints(["score"], {"score": str(send_artifact.path)}, ingress="fast")
+    before = dict(os.environ)
     prepare("proxy", None)
+    prepare("auto", None)  # what this Ray was started with
+    assert dict(os.environ) == before
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")  # as on the machines of a cluster that has it
     monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
     prepare("haproxy", "10.0.0.1:6379")
+    prepare("auto", "10.0.0.1:6379")
     assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ  # that of the cluster's machines is theirs
-    monkeypatch.setattr("serving.ingress._runs", lambda: False)
-    monkeypatch.setattr("os.environ", dict(os.environ))
-    prepare("haproxy", None)  # a Ray that will be started here, in an environment that asks for HAProxy already
-    assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"].endswith("prism-haproxy")
+    with pytest.raises(InputError, match="--ingress proxy is decided when Ray starts: set RAY_SERVE_ENABLE_HA_PROXY=0"):
+        prepare("proxy", "10.0.0.1:6379")
+
+
+@pytest.mark.parametrize("asked", [{}, {"RAY_SERVE_ENABLE_HA_PROXY": "1"}])
+def test_a_ray_that_is_started_here_has_haproxy_with_files_and_ports_of_its_own(no_ray_yet, asked):
+    no_ray_yet |= asked
+    prepare("auto", None)
+    first = dict(no_ray_yet)
+    assert first["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert first["RAY_SERVE_HAPROXY_BINARY_PATH"].endswith("prism-haproxy")
+    assert first["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] == "3"
+    assert Path(first["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent.stat().st_mode & 0o077 == 0  # nobody else's business
+    prepare("auto", None)
+    prepare("haproxy", None)
+    assert no_ray_yet == first  # the same again
+    no_ray_yet.clear()
+    prepare("haproxy", None)
+    names = ("SOCKET_PATH", "CONFIG_FILE_LOC", "SERVER_STATE_FILE", "STATS_PORT", "METRICS_PORT")
+    own = [(first[name], no_ray_yet[name]) for name in (f"RAY_SERVE_HAPROXY_{name}" for name in names)]
+    assert all(one != other for one, other in own)
+
+
+def test_without_haproxy_the_proxy_takes_requests(no_ray_yet, monkeypatch):
+    no_ray_yet["RAY_SERVE_ENABLE_HA_PROXY"] = "0"  # who says so, has it
+    prepare("auto", None)
+    assert no_ray_yet["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    no_ray_yet.clear()
+    monkeypatch.setattr("serving.ingress.find_spec", lambda _: None)
+    prepare("auto", None)
+    assert no_ray_yet == {}
+    prepare("fast", None)  # somebody may have a binary of their own
+    assert no_ray_yet["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+    prepare("proxy", "local")
+    assert no_ray_yet["RAY_SERVE_ENABLE_HA_PROXY"] == "0"

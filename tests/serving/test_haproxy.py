@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
-import prism
+from cluster.ports import free_port, free_ports
 
 RAYS = """global
     maxconn 64
@@ -24,6 +24,7 @@ defaults
     timeout client 20s
     timeout server 2s
     option redispatch 1
+    http-reuse always
     retry-on conn-failure empty-response
     errorfile 502 {folder}/500.http
     errorfile 503 {folder}/500.http
@@ -39,23 +40,26 @@ frontend http_frontend
 backend default_backend
     http-request return status 404 content-type text/plain lf-string "Path '%[path]' not found."
 backend one
-    server one 127.0.0.1:{replica}
+{servers}
 listen stats
   bind *:{stats}
   stats enable
 """
+STARTER = "import subprocess, sys; subprocess.run(sys.argv[1:])"  # stands where Ray's manager of HAProxy does
 
 
 @contextlib.contextmanager
-def haproxy(folder: Path, replica: int, use: str = "use_backend one if is_one") -> Iterator[str]:
-    """Its address, with a configuration such as Ray writes."""
+def haproxy(folder: Path, *replicas: int, use: str = "use_backend one if is_one") -> Iterator[str]:
+    """Its address, with a configuration such as Ray writes; who started it is killed when the block ends."""
     (folder / "500.http").write_bytes(b"HTTP/1.1 500 Plain\r\nContent-Length: 0\r\n\r\n")
-    ports = {name: prism.free_port() for name in ("metrics", "port", "stats")}
+    ports = dict(zip(("metrics", "port", "stats"), free_ports(3), strict=True))
     file = folder / "haproxy.cfg"
-    file.write_text(RAYS.format(folder=folder, replica=replica, use=use, **ports))
+    servers = "\n".join(f"    server of{port} 127.0.0.1:{port}" for port in replicas)
+    file.write_text(RAYS.format(folder=folder, servers=servers, use=use, **ports))
     command = Path(sys.executable).with_name("prism-haproxy")
     environment = os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(command)}  # as in the processes that Ray starts
-    process = subprocess.Popen([command, "-db", "-f", file], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", STARTER, command, "-db", "-f", file]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 30
         while True:
@@ -78,11 +82,32 @@ def replica(behave: list[str]) -> Iterator[int]:
     """The port of a server that does, request by request, what `behave` says, and answers 200 after that."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             match behave.pop(0) if behave else "answer":
                 case "die":
                     self.connection.close()
+                case "die for good":
+                    self.server.socket.close()
+                    self.connection.close()
+                case "die within":
+                    self.send_response(200)
+                    self.send_header("content-length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body[:-1])
+                    self.wfile.flush()
+                    self.connection.close()
+                case "dawdle" | "in pieces" as how:
+                    self.send_response(200)
+                    self.send_header("content-type", "text/event-stream" if how == "in pieces" else "text/plain")
+                    self.send_header(*("connection", "close") if how == "in pieces" else ("content-length", len(body)))
+                    self.end_headers()
+                    for part in (body[:10], body[10:]):
+                        self.wfile.write(part)
+                        self.wfile.flush()
+                        time.sleep(0.5)
                 case "hang":
                     time.sleep(4)
                 case _:
@@ -91,13 +116,38 @@ def replica(behave: list[str]) -> Iterator[int]:
                     self.end_headers()
                     self.wfile.write(body)
 
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", "30000")
+            self.end_headers()
+
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
+
+
+@pytest.mark.parametrize("behave", ["answer", "dawdle", "in pieces"])
+@pytest.mark.parametrize("size", [0, 20, 30_000, 300_000])
+def test_whole_answers_pass_as_they_are(tmp_path, behave, size):
+    with replica([behave]) as port, haproxy(tmp_path, port) as url:
+        response = httpx.post(f"{url}/one/predict", content=b"x" * size, trust_env=False)
+        assert (response.status_code, len(response.content)) == (200, size)
+        head = httpx.head(f"{url}/one/predict", trust_env=False)
+        assert (head.status_code, head.headers["content-length"]) == (200, "30000")  # of a body that never comes
+
+
+def test_events_come_when_they_happen(tmp_path):
+    with (
+        replica(["in pieces"]) as port,
+        haproxy(tmp_path, port) as url,
+        httpx.stream("POST", f"{url}/one/predict", content=b"x" * 30, trust_env=False) as response,
+    ):
+        times = {len(part): time.monotonic() for part in response.iter_raw()}
+    assert times[20] - times[10] > 0.2
 
 
 def refusal(response: httpx.Response, identifier: str) -> str:
@@ -117,7 +167,10 @@ def test_a_request_whose_replica_dies_is_asked_again(tmp_path):
     assert (response.status_code, response.content) == (200, b"x" * 50_000)
 
 
-@pytest.mark.parametrize(("behave", "size"), [(["die"], 300_000), (["die"] * 9, 10), (["hang"], 10)])
+@pytest.mark.parametrize(
+    ("behave", "size"),
+    [(["die"], 300_000), (["die"] * 9, 10), (["die for good"], 10), (["hang"], 10), (["die within"], 30_000)],
+)
 def test_one_that_cannot_be_asked_again_is_refused_in_our_words(tmp_path, behave, size):
     """Too large for the buffer, lost again and again, or too slow."""
     with replica(behave) as port, haproxy(tmp_path, port) as url:
@@ -128,8 +181,21 @@ def test_one_that_cannot_be_asked_again_is_refused_in_our_words(tmp_path, behave
     assert refusal(response, name) == "no process answered for this model; retry after a moment"
 
 
+def test_a_client_that_keeps_its_connection_is_told_like_any_other(tmp_path):
+    with (
+        replica(["answer", "die for good"]) as port,
+        haproxy(tmp_path, port) as url,
+        httpx.Client(trust_env=False) as one,
+    ):
+        asked = [one.post(f"{url}/one/predict", content=b"x", headers={"x-request-id": "7"}) for _ in range(3)]
+    assert asked[0].status_code == 200
+    assert (
+        refusal(asked[1], "7") == refusal(asked[2], "7") == "no process answered for this model; retry after a moment"
+    )
+
+
 def test_a_replica_that_is_not_there(tmp_path):
-    with haproxy(tmp_path, prism.free_port()) as url:
+    with haproxy(tmp_path, free_port()) as url:
         response = httpx.post(f"{url}/one/predict", content=b"x", trust_env=False)
         assert "no process answered" in refusal(response, response.headers["x-request-id"])
         assert len(response.headers["x-request-id"]) == 36  # made on the way in
@@ -140,3 +206,16 @@ def test_before_any_endpoint_is_known_paths_are_not_unknown(tmp_path):
     with haproxy(tmp_path, 1, use="") as url:
         response = httpx.get(f"{url}/one/predict", headers={"x-request-id": "7"}, trust_env=False)
     assert refusal(response, "7") == "the server is starting; retry after a moment"
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path):
+    with haproxy(tmp_path, 1) as url:
+        assert httpx.get(url, trust_env=False).status_code == 404
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            httpx.get(url, trust_env=False)
+        except httpx.TransportError:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

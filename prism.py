@@ -1,7 +1,10 @@
 """The front door: the `prism` command. Each verb is a dataclass whose fields are its flags; the work is elsewhere."""
 
+import atexit
 import contextlib
 import json
+import logging
+import os
 import signal
 import sys
 import traceback
@@ -9,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
     from tyro.conf import Positional
@@ -232,6 +235,24 @@ VERBS: dict[str, type | Callable[[Sequence[str]], int]] = {
 MISUNDERSTOOD = (InputError, ArtifactError)
 
 
+def entry() -> NoReturn:
+    """What the shell starts: `main`, and then the end of the process."""
+    statuses: list[int] = []
+    atexit.register(_end, statuses)  # the first that is registered is the last that is called
+    statuses.append(main())
+    sys.exit(statuses[0])
+
+
+def _end(statuses: list[int]) -> None:
+    """Leave out the exit handlers of C: where a signal cut Ray's start short, those of its driver crash."""
+    if statuses == [INTERRUPTED]:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(INTERRUPTED)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     with interruptible() as heard:
@@ -320,4 +341,4 @@ def _keep_traceback() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

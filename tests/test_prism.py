@@ -376,6 +376,30 @@ def test_demo_goes_the_whole_way_and_leaves_nothing_running(private_home: Path, 
     assert not [p.pid for p in mine if (p.info["environ"] or {}).get("PRISM_HOME") == home]
 
 
+CRASHING_EXIT = """
+import ctypes, prism
+
+def dispatched(args):
+    print("begun")
+    {does}
+
+prism._dispatch = dispatched
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+prism.entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "said"),
+    [("raise KeyboardInterrupt", 130, "prism: interrupted\n"), ("return 0", -signal.SIGABRT, "")],
+)
+def test_an_interrupted_command_leaves_out_the_exit_handlers_of_c(does: str, status: int, said: str) -> None:
+    code = CRASHING_EXIT.format(does=does)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "begun\n", said)
+
+
 def test_what_is_unexpected_is_kept_and_summed_up(
     run_prism: Any, monkeypatch: pytest.MonkeyPatch, private_home: Path
 ) -> None:

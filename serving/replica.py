@@ -15,6 +15,7 @@ from library.errors import InputError
 from serving.app import ENDPOINTS
 from serving.batcher import Batcher, Ticket
 from serving.endpoint import Abandoned, answer_batch, check_cost
+from serving.gate import one_line_each
 from serving.memory import keep_freed_memory
 from serving.metrics import Meter
 from serving.problems import Gone, Late, Overloaded
@@ -36,6 +37,7 @@ class Replica:
 
     def __init__(self, args: EndpointArgs, token_digest: str | None):
         keep_freed_memory()
+        LOG.addFilter(one_line_each)
         kind = ENDPOINTS[args.endpoint]
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.args, self.token_digest = args, token_digest

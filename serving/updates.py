@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 from pydantic import BaseModel, Field
 
@@ -31,7 +32,7 @@ class Loaded:
     endpoint: Endpoint
     artifact: Artifact
 
-    @property
+    @cached_property
     def label(self) -> str:
         """What X-Prism-Model says: the method and the artifact's version."""
         return f"{self.artifact.kind}/{self.artifact.version}"

@@ -6,9 +6,11 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
+import ray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ray import serve
@@ -98,6 +100,25 @@ def test_info_health_and_ids(client, send_artifact):
     made = [client.post("/score/predict", json={}).headers.get_list("x-request-id") for _ in range(2)]
     assert [len(ids) for ids in made] == [1, 1]
     assert made[0] != made[1]
+
+
+def test_a_request_has_one_line_in_the_log_and_none_on_stderr(client):
+    logs = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+    ids = [f"line-{place}-{os.getpid()}" for place in range(3)]
+    for name, body in zip(ids, ({"text": "some words"}, {}, {"text": "others"}), strict=True):
+        client.post("/score/predict", json=body, headers={"X-Request-Id": name})
+
+    def lines(pattern: str, name: str) -> list[str]:
+        return [line for path in logs.glob(pattern) for line in path.read_text().splitlines() if name in line]
+
+    deadline = time.monotonic() + 20
+    while not lines("serve/replica_score*.log", ids[-1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for name, status in zip(ids[:2], (200, 422), strict=True):
+        [line] = lines("serve/replica_score*.log", name)
+        assert f"POST score/predict {status} " in line
+        assert lines("worker*", name) == []
 
 
 def test_the_examples_of_the_page_work(client):

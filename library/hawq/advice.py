@@ -105,16 +105,15 @@ def advise(
         warnings.append(
             f"one layer holds {heavy:.0%} of the weights, and 2 bits were chosen: check the loss before use"
         )
-    front_points = np.unique(
-        np.linspace(0, len(front.frontier) - 1, min(SHOWN, len(front.frontier))).round().astype(int)
-    )
+    count = len(front.frontier)
+    shown = range(count) if count <= SHOWN else np.linspace(0, count - 1, SHOWN).round().astype(int)
     return Advice(
         bits=tuple(plan.bits.values()),
         omega=plan.omega,
         cost=plan.selection.cost,
         limit=plan.selection.limit,
         lower_bound=plan.selection.lower_bound,
-        frontier=tuple((float(front.frontier.cost[i]), float(front.frontier.omega[i])) for i in front_points),
+        frontier=tuple((float(front.frontier.cost[i]), float(front.frontier.omega[i])) for i in shown),
         stability=stability,
         warnings=tuple(warnings),
     )

@@ -49,7 +49,7 @@ from serving.trial import trial_artifacts  # noqa: E402
 
 CLIENTS = (1, 8, 32)
 TOGETHER = 32  # requests in a direct call
-WARM_UP, FEWEST_CALLS = 5, 50  # of a lone client
+WARM_UP, FEWEST_CALLS, LONGEST_S = 5, 50, 30.0  # of a lone client
 GOALS = {"direct": 0.8, "plain": 1.5, "added ms": 8.0}
 INGRESSES = ("haproxy", "proxy", "fast")
 TAKES_TURNS = ("hallucination",)  # its model listens to itself while it writes: not two texts at once
@@ -164,8 +164,10 @@ async def alone(model: Endpoint, body: Body, url: str, seconds: float) -> tuple[
     own: list[float] = []
     asked: list[float] = []
     async with asking(url, body) as ask:
-        end = time.perf_counter() + seconds
-        while len(own) < WARM_UP + FEWEST_CALLS or time.perf_counter() < end:
+        start = time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds or len(own) < WARM_UP + FEWEST_CALLS:
+            if passed > LONGEST_S and len(own) > WARM_UP:
+                break
             began = time.perf_counter()
             called(model, requests)
             own.append(time.perf_counter() - began)

@@ -76,7 +76,8 @@ class Molecule:
                 raise InputError(f"{where}{shown!r} is no valid molecule: {str(error).splitlines()[0]}") from error
         if found.GetNumAtoms() == 0:
             raise InputError(f"{where}the SMILES has no atoms")
-        atoms, bonds = list(found.GetAtoms()), list(found.GetBonds())
+        atoms = [found.GetAtomWithIdx(place) for place in range(found.GetNumAtoms())]  # iterating over them is slow
+        bonds = [found.GetBondWithIdx(place) for place in range(found.GetNumBonds())]
         return cls(
             symbols=tuple(atom.GetSymbol() for atom in atoms),
             charges=_integers(atom.GetFormalCharge() for atom in atoms),

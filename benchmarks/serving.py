@@ -53,7 +53,7 @@ WARM_UP, FEWEST_CALLS, LONGEST_S = 5, 50, 30.0  # of a lone client
 GOALS = {"direct": 0.8, "plain": 1.5, "added ms": 8.0}
 INGRESSES = ("haproxy", "proxy", "fast")
 TAKES_TURNS = ("hallucination",)  # its model listens to itself while it writes: not two texts at once
-SLOW = ("hallucination", "molecule")  # their models work for so long that the way to them is nothing
+SLOW = ("molecule",)  # its model works for so long that the way to it is nothing
 FEW = ("score", "classify", "graph-anomaly")
 MANY: dict[str, dict[str, Any]] = {  # requests of many items, where the first example has one
     "hallucination": {"prompts": ["The capital of France is"] * 8, "samples": 4},

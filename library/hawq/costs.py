@@ -36,7 +36,7 @@ def joined(costs: np.ndarray, ties: Sequence[Sequence[int]]) -> tuple[np.ndarray
     costs = np.asarray(costs)
     group = np.arange(len(costs))
     if not ties:
-        return costs, group
+        return costs.copy(), group
     for tie in ties:
         wrong = [layer for layer in tie if not 0 <= layer < len(costs)]
         if wrong:

@@ -183,6 +183,16 @@ def test_ties_that_share_a_layer_are_one_group():
     assert group.tolist() == [0, 0, 0, 1]
 
 
+def test_a_frontier_keeps_its_own_tables():
+    omega, cost = np.array([[4.0, 1.0], [8.0, 2.0]]), np.array([[2, 4], [3, 6]])
+    found = frontier(omega, cost)
+    before = found.choose(8)
+    omega += 1
+    cost *= 2
+    after = found.choose(8)
+    assert (after.lower_bound, after.omega, after.cost) == (before.lower_bound, before.omega, before.cost)
+
+
 def test_a_scaled_loss_chooses_the_same_bits():
     generator = np.random.default_rng(3)
     omega = generator.exponential(size=(9, 4))

@@ -31,7 +31,8 @@ NOT_SHIPPED = (
     ".*_cache/",
     ".hypothesis/",
 )
-CLIENT_PROCESS_FAILED = "Starting Ray client server failed"  # Ray's words
+CLIENT_PROCESS_FAILED = "Starting Ray client server failed", "ZombieProcess"  # Ray's words
+CLIENT_TRIES = 3
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 ALLOWED = "allowed are local, auto, HOST:PORT and ray://HOST:PORT"
 LOOK_SECONDS = 2.0
@@ -173,12 +174,13 @@ def _init(target: str | None, options: dict[str, Any]) -> None:
     """Start or join Ray. A Ray Client server starts a process for each client; on a busy head that fails at times."""
     import ray
 
-    try:
-        ray.init(target or "local", **options)
-    except ConnectionError as error:
-        if CLIENT_PROCESS_FAILED not in str(error):
-            raise
-        ray.init(target, **options)
+    for again in reversed(range(CLIENT_TRIES)):
+        try:
+            ray.init(target or "local", **options)
+            return
+        except ConnectionError as error:
+            if not again or not any(words in str(error) for words in CLIENT_PROCESS_FAILED):
+                raise
 
 
 def runtime_environment(*, ship: bool) -> dict[str, Any]:

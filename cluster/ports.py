@@ -9,7 +9,9 @@ import socket
 
 from library.errors import PrismError
 
-OFFERED = range(20_000, 30_000)  # below Linux's own picks (32768 on) and Serve's replicas, above Ray's workers
+OFFERED = range(24_001, 30_000)  # below Linux's own picks (32768 on), above those of Ray's workers and clients
+RANGES = range(30_000, 32_600, 200)  # the first port of each
+_claims: list[socket.socket] = []
 
 
 def free_ports(count: int) -> list[int]:
@@ -32,3 +34,20 @@ def free_ports(count: int) -> list[int]:
 def free_port() -> int:
     """A port that nobody on 127.0.0.1 has."""
     return free_ports(1)[0]
+
+
+def claim_range() -> range | None:
+    """199 ports in a row that no other process on this machine gets from here while this one lives; None if all are.
+
+    Where servers come and go on the ports of one range, a client of the one that went must not find another's server.
+    """
+    for first in random.SystemRandom().sample(RANGES, len(RANGES)):
+        claim = socket.socket()
+        try:
+            claim.bind(("127.0.0.1", first))
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return range(first + 1, first + RANGES.step)
+    return None

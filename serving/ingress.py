@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from cluster.ports import free_ports
+from cluster.ports import claim_range, free_ports
 from library.errors import InputError
 
 Ingress = Literal["auto", "proxy", "haproxy", "fast"]
@@ -40,6 +40,8 @@ ENVIRONMENT = {  # of Serve's controller, and so of its proxies
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 DRAINING_SECONDS = "3"  # HAProxy knows in less than one; Ray's 30 are for balancers outside, which a cluster may have
+PORTS = "HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT"
+REPLICA_PORTS = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 OURS = Path(sys.executable).with_name("prism-haproxy")
 
 
@@ -71,7 +73,11 @@ def _available() -> bool:
 
 
 def _give_files_and_ports() -> None:
-    """HAProxy's own ones, so that several Rays may have one on this machine; Ray's defaults are the same for all."""
+    """This Ray's own ones: Ray's defaults are the same for all Rays on this machine.
+
+    With another Ray's Serve on the same ports, HAProxy asks that one's fallback proxy, or its new replica on the port
+    of one that was lost: for a path that it does not have, or for another model.
+    """
     if "RAY_SERVE_HAPROXY_SOCKET_PATH" not in os.environ:
         folder = tempfile.mkdtemp(prefix="prism-haproxy-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -84,8 +90,10 @@ def _give_files_and_ports() -> None:
         }
         for name, file in files.items():
             os.environ[f"RAY_SERVE_HAPROXY_{name}"] = str(Path(folder, file))
-    for name, port in zip(("STATS_PORT", "METRICS_PORT"), free_ports(2), strict=True):
-        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(port))
+    for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True):
+        os.environ.setdefault(f"RAY_SERVE_{name}", str(port))
+    if not any(name in os.environ for name in REPLICA_PORTS) and (claimed := claim_range()):
+        os.environ |= dict(zip(REPLICA_PORTS, (str(claimed.start), str(claimed.stop)), strict=True))
     if OURS.exists():
         os.environ.setdefault(BINARY, str(OURS))
 

@@ -126,8 +126,15 @@ def test_another_machine_joins_through_ray_client_and_ships_the_project(client_s
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("reason", "tries"), [("Starting Ray client server failed. See its log.", 2), ("Refused", 1)])
-def test_a_client_process_that_fails_to_start_gets_a_second_chance(no_ray, monkeypatch, reason, tries):
+@pytest.mark.parametrize(
+    ("reason", "tries"),
+    [
+        ("Starting Ray client server failed. See its log.", 3),
+        ("psutil.ZombieProcess: PID still exists but it's a zombie", 3),
+        ("Refused", 1),
+    ],
+)
+def test_a_client_process_that_fails_to_start_gets_other_chances(no_ray, monkeypatch, reason, tries):
     calls = []
 
     def init(address: str, **options: object) -> None:

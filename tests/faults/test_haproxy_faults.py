@@ -57,6 +57,16 @@ class Server:
                 continue
         return found
 
+    def listening(self, name: str) -> set[tuple[str, int]]:
+        """Where this Ray's processes with such a name take connections."""
+        return {
+            (connection.laddr.ip, connection.laddr.port)
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if name in process.name()
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        }
+
     def kill(self, title: str, count: int = 1) -> None:
         """kill -9 some of them."""
         for process in sorted(self.processes(title))[:count]:
@@ -94,16 +104,16 @@ def server(artifact) -> Iterator[Server]:
 
 
 def test_statistics_are_on_this_machine_alone_and_paths_are_those_of_the_proxy(server):
-    listening = {
-        (connection.laddr.ip, connection.laddr.port)
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        if process.name() == "haproxy"
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    }
+    listening = server.listening("haproxy")
     assert len(listening) == 3  # requests, statistics, metrics
     assert {host for host, _ in listening} == {"127.0.0.1"}
     assert server.status("nothing") == 404
+
+
+def test_no_port_is_one_that_every_ray_on_this_machine_would_take(server):
+    ports = {port for _, port in server.listening("")}
+    assert len(ports) > 10
+    assert not ports & {8404, 9101, 8500, 30000}  # statistics, metrics, fallback proxy, first replica
 
 
 @pytest.mark.parametrize("title", [REPLICA, CONTROLLER])

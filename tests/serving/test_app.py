@@ -11,7 +11,7 @@ from cluster.registry import register, resolve
 from library.errors import ArtifactError, InputError, PrismError
 from serving import app
 from serving.app import ENDPOINTS, build, serve_endpoints
-from serving.ingress import prepare
+from serving.ingress import REPLICA_PORTS, prepare
 from serving.settings import EndpointArgs
 
 
@@ -141,9 +141,17 @@ def test_a_ray_that_is_started_here_has_haproxy_with_files_and_ports_of_its_own(
     assert no_ray_yet == first  # the same again
     no_ray_yet.clear()
     prepare("haproxy", None)
-    names = ("SOCKET_PATH", "CONFIG_FILE_LOC", "SERVER_STATE_FILE", "STATS_PORT", "METRICS_PORT")
-    own = [(first[name], no_ray_yet[name]) for name in (f"RAY_SERVE_HAPROXY_{name}" for name in names)]
+    files = ("HAPROXY_SOCKET_PATH", "HAPROXY_CONFIG_FILE_LOC", "HAPROXY_SERVER_STATE_FILE")
+    ports = ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+    own = [(first[name], no_ray_yet[name]) for name in (f"RAY_SERVE_{name}" for name in files + ports)]
     assert all(one != other for one, other in own)
+    one, other = (range(*(int(found[name]) for name in REPLICA_PORTS)) for found in (first, no_ray_yet))
+    assert len(one) == len(other) > 100
+    assert not set(one) & set(other)
+    no_ray_yet.clear()
+    no_ray_yet[REPLICA_PORTS[0]] = "40000"  # who says so, has it
+    prepare("haproxy", None)
+    assert [no_ray_yet.get(name) for name in REPLICA_PORTS] == ["40000", None]
 
 
 def test_without_haproxy_the_proxy_takes_requests(no_ray_yet, monkeypatch):

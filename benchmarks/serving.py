@@ -203,9 +203,14 @@ async def asking(url: str, body: Body) -> AsyncIterator[Callable[[], Awaitable[f
     )
     sent = "".join(f"{line}\r\n" for line in (*lines, "")).encode() + body.content
     reader, writer = await asyncio.open_connection(host, int(port))
+    closes = False  # the server said that it will hang up, as HAProxy does when it is given other replicas
 
     async def ask() -> float:
+        nonlocal reader, writer, closes
         began = time.perf_counter()
+        if closes:
+            writer.close()
+            reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(sent)
         await writer.drain()
         answer = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -213,6 +218,7 @@ async def asking(url: str, body: Body) -> AsyncIterator[Callable[[], Awaitable[f
         content = await reader.readexactly(length)
         if not answer.startswith(b"http/1.1 200"):
             raise PrismError(f"{url} answered {answer[:20].decode()}: {content[:200].decode()}")
+        closes = b"\r\nconnection: close\r\n" in answer
         return time.perf_counter() - began
 
     try:

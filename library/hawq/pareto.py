@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from library.errors import InputError
 from library.hawq.costs import attainable, checked_table, joined
 
+AT_ONCE = 1 << 12  # sums of a dual function that are made in one go
 CELLS = 1 << 18  # integer costs up to this many multiples of their divisor are tabulated, larger lists are thinned
 
 
@@ -133,18 +134,22 @@ def lagrangian_bound(omega: np.ndarray, cost: np.ndarray, allowed: np.ndarray, l
     cost = cost.astype(np.float64)
     rise, run = omega[:, :, None] - omega[:, None, :], cost[:, None, :] - cost[:, :, None]
     both = allowed[:, :, None] & allowed[:, None, :] & (run > 0) & (rise > 0)
-    slopes = np.unique(np.append(rise[both] / run[both], 0.0))
+    slopes = np.append(rise[both] / run[both], 0.0)
     masked = np.where(allowed, omega, np.inf)
 
-    def dual(mu: float) -> float:
-        return float((masked + mu * cost).min(1).sum() - mu * limit)
+    def dual(mu: np.ndarray) -> np.ndarray:
+        return (masked + mu[:, None, None] * cost).min(2).sum(1) - mu * limit
 
-    low, high = 0, len(slopes) - 1
-    while high - low > 2:  # the dual function is concave in mu
-        third = (high - low) // 3
-        a, b = low + third, high - third
-        low, high = (a, high) if dual(slopes[a]) < dual(slopes[b]) else (low, b)
-    return max(dual(slopes[i]) for i in range(low, high + 1))
+    if len(slopes) * cost.size > AT_ONCE:
+        slopes = np.unique(slopes)
+        low, high = 0, len(slopes) - 1
+        while high - low > 2:  # the dual function is concave in mu
+            third = (high - low) // 3
+            a, b = low + third, high - third
+            left, right = dual(slopes[[a, b]])
+            low, high = (a, high) if left < right else (low, b)
+        slopes = slopes[low : high + 1]
+    return float(dual(slopes).max())
 
 
 @dataclass(frozen=True)
@@ -168,10 +173,13 @@ def _tabulated(
     shifts = np.where(allowed, (cost - least) // unit, 0)
     best, steps = np.zeros(1), []
     for values, shift, may in zip(omega, shifts, allowed, strict=True):
-        length = len(best) + int(shift.max())
-        found, option = np.full(length, np.inf), np.zeros(length, np.int8 if len(may) < 128 else np.int32)
-        for choice in np.flatnonzero(may):
-            place = slice(shift[choice], shift[choice] + len(best))
+        count, starts = len(best), shift.tolist()
+        first, *others = np.flatnonzero(may).tolist()
+        found = np.full(count + max(starts), np.inf)
+        option = np.full(len(found), first, np.int8 if len(may) < 128 else np.int32)
+        np.add(best, values[first], out=found[starts[first] : starts[first] + count])
+        for choice in others:
+            place = slice(starts[choice], starts[choice] + count)
             candidate = best + values[choice]
             better = candidate < found[place]
             np.copyto(found[place], candidate, where=better)

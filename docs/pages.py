@@ -2,9 +2,9 @@
 
     python docs/pages.py [--check]
 
-A page has its head from the room's README, its commands from the tables of jobs, searches and endpoints, and its claims
-and figures from what `prism reproduce` wrote. With --check nothing is written: the exit status is 1 where a file is not
-what it would be.
+A method's page has its head from the room's README, its commands from the tables of jobs, searches and endpoints, and
+its claims and figures from what `prism reproduce` wrote. The times in serving.md are those of performance.md. With
+--check nothing is written: the exit status is 1 where a file is not what it would be.
 """
 
 import re
@@ -19,6 +19,7 @@ from jobs.reproduce import REPRODUCTIONS  # noqa: E402
 from serving.app import ENDPOINTS  # noqa: E402
 
 DOCS = ROOT / "docs"
+TIMES, TIMES_END = "<!-- `make docs`: from performance.md -->", "<!-- end -->"
 DOCUMENTS = {
     "quickstart.md": "from nothing to a trained model behind an endpoint",
     "data-formats.md": "which files each command reads, and what it writes",
@@ -34,6 +35,7 @@ DOCUMENTS = {
 def main() -> int:
     pages = {DOCS / "methods" / f"{method}.md": page(method) for method in METHODS}
     pages[DOCS / "README.md"] = index()
+    pages[DOCS / "serving.md"] = with_times((DOCS / "serving.md").read_text())
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         print("\n".join(f"{path.relative_to(ROOT)} is not what `make docs` writes" for path in stale), end="")
@@ -85,6 +87,28 @@ def claims(results: Path) -> str:
         parts.append(table[0].strip())
     parts += [f"![{title}](../results/{file})" for title, file in figures]
     return "\n\n".join(parts)
+
+
+def with_times(text: str) -> str:
+    """The page about serving, with the ratios that performance.md has of it between its two marks."""
+    measured = (DOCS / "performance.md").read_text().partition("\n## serving\n")[2].partition("\n## ")[0]
+    head = ["ingress", "endpoint", "many items, of direct", "32 clients, of plain", "one client", "answers/s at 32"]
+    rows, ingress = [head, ["---"] * len(head)], ""
+    for line in measured.splitlines():
+        if title := re.fullmatch(r"\s*ingress (\w+)\s*", line):
+            ingress = f"`{title[1]}`"
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        name, way, alone, _, _, answers, *ratios = cells or [""] * 6
+        most = answers.rpartition(" ")[2]
+        if way == "empty":
+            rows.append([ingress, "an empty Serve deployment", "", "", f"{alone.split()[0]} ms in all", most])
+        elif way == "prism":
+            rows.append([ingress, f"`{name}`", *ratios[:2], f"{ratios[2]} ms", most])
+        elif way == "plain":
+            rows[-1][-1] += f" (plain {most})"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    before, _, rest = text.partition(TIMES)
+    return f"{before}{TIMES}\n\n{table}\n\n{TIMES_END}{rest.partition(TIMES_END)[2]}"
 
 
 def index() -> str:

@@ -125,7 +125,7 @@ def table(file: Path, smiles_column: str, target_columns: Sequence[str], by: str
     if not all(pd.api.types.is_numeric_dtype(frame[column]) for column in target_columns):
         raise InputError(f"{file}: target_columns {', '.join(target_columns)} must be numbers")
     smiles = frame[smiles_column].astype(str).tolist()
-    targets = torch.from_numpy(frame[list(target_columns)].to_numpy(dtype=np.float32))
+    targets = torch.from_numpy(frame[list(target_columns)].to_numpy(dtype=np.float32, copy=True))
     binary = bool(((targets == 0) | (targets == 1) | targets.isnan()).all())
     if by == "random":
         order = np.random.Generator(np.random.PCG64(0)).permutation(len(smiles))

@@ -135,7 +135,7 @@ def test_evaluation_reports_the_loss_with_nothing_dropped():
     model.drop(torch.arange(25))
     masked = recipe.evaluate(model, batches)
     assert masked["loss"] == plain["loss"]
-    weighted = sum(float(recipe.losses(model, batch)["loss"]) * recipe.count(batch) for batch in batches)
+    weighted = sum(recipe.losses(model, batch)["loss"].item() * recipe.count(batch) for batch in batches)
     assert masked["loss_masked"] == pytest.approx(weighted / sum(map(recipe.count, batches)), rel=1e-6)
     assert masked["loss_masked"] != masked["loss"]
     assert set(plain) == {"loss", "entropy"}

@@ -143,7 +143,7 @@ def test_evaluation_reports_the_loss_with_nothing_dropped():
         logits = model(batches[0]["input_ids"])
     p = logits.double().softmax(-1)
     assert recipe.evaluate(model, batches[:1])["entropy"] == pytest.approx(
-        float(-(p * p.log()).sum(-1).mean()), rel=1e-5
+        -(p * p.log()).sum(-1).mean().item(), rel=1e-5
     )
     assert 0 < plain["entropy"] < math.log(257)
 

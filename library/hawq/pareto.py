@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from library.errors import InputError
 from library.hawq.costs import attainable, checked_table, joined
 
-AT_ONCE = 1 << 12  # sums of a dual function that are made in one go
+AT_ONCE = 1 << 12  # sums omega + mu cost that are made in one go
 CELLS = 1 << 18  # integer costs up to this many multiples of their divisor are tabulated, larger lists are thinned
 
 
@@ -134,22 +134,17 @@ def lagrangian_bound(omega: np.ndarray, cost: np.ndarray, allowed: np.ndarray, l
     cost = cost.astype(np.float64)
     rise, run = omega[:, :, None] - omega[:, None, :], cost[:, None, :] - cost[:, :, None]
     both = allowed[:, :, None] & allowed[:, None, :] & (run > 0) & (rise > 0)
-    slopes = np.append(rise[both] / run[both], 0.0)
+    slopes = np.sort(np.append(rise[both] / run[both], 0.0))
     masked = np.where(allowed, omega, np.inf)
-
-    def dual(mu: np.ndarray) -> np.ndarray:
-        return (masked + mu[:, None, None] * cost).min(2).sum(1) - mu * limit
-
-    if len(slopes) * cost.size > AT_ONCE:
-        slopes = np.unique(slopes)
-        low, high = 0, len(slopes) - 1
-        while high - low > 2:  # the dual function is concave in mu
-            third = (high - low) // 3
-            a, b = low + third, high - third
-            left, right = dual(slopes[[a, b]])
-            low, high = (a, high) if left < right else (low, b)
-        slopes = slopes[low : high + 1]
-    return float(dual(slopes).max())
+    together = max(4, AT_ONCE // cost.size)  # with four places the next step has fewer slopes
+    while True:
+        places = np.linspace(0, len(slopes) - 1, min(together, len(slopes))).astype(np.intp)
+        mu = slopes[places]
+        dual = (masked + mu[:, None, None] * cost).min(2).sum(1) - mu * limit
+        if len(places) == len(slopes):
+            return float(dual.max())
+        best = int(dual.argmax())  # it is concave in mu, so its maximum is beside the best of these places
+        slopes = slopes[places[max(best - 1, 0)] : places[min(best + 1, len(places) - 1)] + 1]
 
 
 @dataclass(frozen=True)

@@ -133,16 +133,16 @@ def test_all_least_and_all_most_bits_are_on_the_frontier_and_relaxing_never_hurt
     assert found.choose(1e9).slack == pytest.approx(1e9 - found.cost[-1])
 
 
-def test_the_bound_is_the_linear_relaxation():
+@pytest.mark.parametrize("layers", [7, 90])  # all slopes at once, and narrowed down
+def test_the_bound_is_the_linear_relaxation(layers):
     from scipy.optimize import linprog
 
     generator = np.random.default_rng(8)
-    omega, cost = generator.exponential(size=(7, 4)), generator.integers(1, 50, (7, 4))
-    allowed = np.ones((7, 4), bool)
-    for limit in (cost.min(1).sum(), 90.0, 130.5, 1e4):
-        solved = linprog(
-            omega.ravel(), A_ub=cost.reshape(1, -1), b_ub=[limit], A_eq=np.kron(np.eye(7), np.ones(4)), b_eq=np.ones(7)
-        )
+    omega, cost = generator.exponential(size=(layers, 4)), generator.integers(1, 50, (layers, 4))
+    allowed = np.ones((layers, 4), bool)
+    for limit in (cost.min(1).sum(), 13.0 * layers, 18.6 * layers, 1e4):
+        rows = np.kron(np.eye(layers), np.ones(4))
+        solved = linprog(omega.ravel(), A_ub=cost.reshape(1, -1), b_ub=[limit], A_eq=rows, b_eq=np.ones(layers))
         assert lagrangian_bound(omega, cost, allowed, limit) == pytest.approx(solved.fun, rel=1e-9)
 
 

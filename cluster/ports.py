@@ -6,12 +6,13 @@ server that asks for any port: while Ray starts its processes, such a port is so
 
 import random
 import socket
+from functools import cache
 
 from library.errors import PrismError
 
 OFFERED = range(24_001, 30_000)  # below Linux's own picks (32768 on), above those of Ray's workers and clients
 RANGES = range(30_000, 32_600, 200)  # the first port of each
-_claims: list[socket.socket] = []
+_claims: list[socket.socket] = []  # open until the process ends
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,8 +37,9 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
-def claim_range() -> range | None:
-    """199 ports in a row that no other process on this machine gets from here while this one lives; None if all are.
+@cache
+def own_range() -> range | None:
+    """199 ports in a row that this function gives to no other process while this one lives; None if none are left.
 
     Where servers come and go on the ports of one range, a client of the one that went must not find another's server.
     """

@@ -3,7 +3,7 @@
 proxy       one Python process on each node; nothing but its port takes HTTP
 haproxy     Ray's HAProxy, compiled code on each node, hands requests straight to the replicas, which listen on ports of
             their own, on the server's host; its refusals are ours (`serving.haproxy`)
-fast        haproxy with Serve's throughput options: logs in blocks, startup's objects are left to no garbage collection
+fast        haproxy with Serve's throughput options: logs in blocks, no garbage collection of what the start left
 auto        haproxy where Ray is started here and has it, else what this Ray was started with
 
 Ray decides this when it starts, from the environment: RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_THROUGHPUT_OPTIMIZED and
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from cluster.ports import claim_range, free_ports
+from cluster.ports import free_ports, own_range
 from library.errors import InputError
 
 Ingress = Literal["auto", "proxy", "haproxy", "fast"]
@@ -41,7 +41,7 @@ BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 DRAINING_SECONDS = "3"  # HAProxy knows in less than one; Ray's 30 are for balancers outside, which a cluster may have
 PORTS = "HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT"
-OUR_LOOP = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"  # needless, and slow: models have a thread of their own
+SEPARATE_THREAD = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"  # needless, and slow: a model has its own
 REPLICA_PORTS = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 OURS = Path(sys.executable).with_name("prism-haproxy")
 
@@ -63,7 +63,7 @@ def prepare(ingress: Ingress, address: str | None) -> None:
         if ingress != "proxy":
             _give_files_and_ports()
             os.environ.setdefault(DRAINING, DRAINING_SECONDS)
-            os.environ.setdefault(OUR_LOOP, "0")
+            os.environ.setdefault(SEPARATE_THREAD, "0")
     elif wanted:
         pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
         pairs += f" {BINARY}=$(command -v prism-haproxy)" if ingress != "proxy" else ""
@@ -94,8 +94,8 @@ def _give_files_and_ports() -> None:
             os.environ[f"RAY_SERVE_HAPROXY_{name}"] = str(Path(folder, file))
     for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True):
         os.environ.setdefault(f"RAY_SERVE_{name}", str(port))
-    if not any(name in os.environ for name in REPLICA_PORTS) and (claimed := claim_range()):
-        os.environ |= dict(zip(REPLICA_PORTS, (str(claimed.start), str(claimed.stop)), strict=True))
+    if not any(name in os.environ for name in REPLICA_PORTS) and (own := own_range()):
+        os.environ |= dict(zip(REPLICA_PORTS, (str(own.start), str(own.stop)), strict=True))
     if OURS.exists():
         os.environ.setdefault(BINARY, str(OURS))
 

@@ -29,35 +29,18 @@ def test_a_port_that_somebody_has_is_not_free(monkeypatch):
             ports.free_ports(2)
 
 
-HOLDER = """
-from cluster import ports
-ports.RANGES = range({first}, {last}, 20)
-print([ports.claim_range() for _ in range(3)], flush=True)
-input()
-"""
+OWN = "from cluster import ports; ports.RANGES = {ranges}; print(ports.own_range(), flush=True); input()"
 
 
-def test_a_range_belongs_to_one_process_while_that_lives(monkeypatch):
-    first = next(port for port in ports.OFFERED if all(map(_is_free, (port, port + 20))))
-    two = range(first, first + 40, 20)
-    command = [sys.executable, "-c", HOLDER.format(first=first, last=first + 40)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        said = other.stdout.readline()
-        assert all(str(range(start + 1, start + 20)) in said for start in two)
-        assert "None" in said  # a third is not there
-        monkeypatch.setattr(ports, "RANGES", two)
-        monkeypatch.setattr(ports, "_claims", [])
-        assert ports.claim_range() is None
-        other.communicate("\n")
-    claimed = ports.claim_range()
-    assert claimed in [range(start + 1, start + 20) for start in two]
-    assert all(map(_is_free, claimed))
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def test_a_range_belongs_to_one_process_while_that_lives():
+    first, second = sorted(ports.free_ports(2))
+    command = [sys.executable, "-c", OWN.format(ranges=range(first, second + 1, second - first))]
+    with ExitStack() as stack:
+        others = []
+        for _ in range(3):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            others.append(stack.enter_context(process))
+            stack.callback(process.communicate, "\n")
+        said = sorted(process.stdout.readline().strip() for process in others)
+    span = second - first
+    assert said == sorted(["None", *(str(range(start + 1, start + span)) for start in (first, second))])

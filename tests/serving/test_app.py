@@ -146,9 +146,9 @@ def test_a_ray_that_is_started_here_has_haproxy_with_files_and_ports_of_its_own(
     ports = ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")
     own = [(first[name], no_ray_yet[name]) for name in (f"RAY_SERVE_{name}" for name in files + ports)]
     assert all(one != other for one, other in own)
-    one, other = (range(*(int(found[name]) for name in REPLICA_PORTS)) for found in (first, no_ray_yet))
-    assert len(one) == len(other) > 100
-    assert not set(one) & set(other)
+    lowest, end = (int(first[name]) for name in REPLICA_PORTS)
+    assert lowest > 30000
+    assert end - lowest > 100
     no_ray_yet.clear()
     no_ray_yet[REPLICA_PORTS[0]] = "40000"  # who says so, has it
     prepare("haproxy", None)

@@ -97,13 +97,21 @@ def local_cluster(no_ray: None) -> Iterator[Callable[..., LocalCluster]]:
         cluster.__exit__(None, None, None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's registry, server and cluster are out of reach, also of what fixtures of a module or session run."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PRISM_HOME", str(tmp_path_factory.mktemp("home") / "prism-home"))
+        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+            environment.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """PRISM_HOME of this test alone; the user's registry, server and cluster are out of reach."""
+    """PRISM_HOME of this test alone."""
     home = tmp_path / "prism-home"
     monkeypatch.setenv("PRISM_HOME", str(home))
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
     return home
 
 

@@ -8,7 +8,8 @@ then becomes the real HAProxy with the same arguments:
   and its X-Request-Id, as every refusal, where Ray has a plain 500;
 * a request is sent on when it is there as a whole (or its buffer is full): only such a one can be asked again;
 * so is the answer to a POST that fills at most half of the buffer: when its replica dies within it, that is 503, too;
-* each request has a connection to its replica for itself: where one is used again and breaks, HAProxy just hangs up;
+* connections to replicas are used again, but not for a request that cannot be asked again: where such a connection
+  breaks, HAProxy just hangs up. It goes through a backend of its own, to the same replicas;
 * while no endpoint is known yet every path is answered so, instead of with 404.
 
 It also ends, softly, when Ray's process that started it is lost: an orphan would share the port with its successor and
@@ -32,7 +33,13 @@ OPEN = re.compile(r"^(?P<section>(?:frontend prometheus|listen stats)\n\s*bind )
 PLAIN_ERRORS = re.compile(r"^(?P<indent>[ ]*)errorfile 502 .*\n(?:[ ]*errorfile 50[34] .*\n)+", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n[ ]*bind .*\n", re.MULTILINE)
 UNKNOWN_PATH = re.compile(r"^(?P<head>backend default_backend\n[ ]*)http-request return status 404 .*\n", re.MULTILINE)
-KNOWN = re.compile(r"^[ ]*use_backend ", re.MULTILINE)
+KNOWN = re.compile(r"^[ ]*use_backend (?P<name>\S+) if (?P<conditions>.+)\n", re.MULTILINE)
+OR = re.compile(r"\s+(?:or|\|\|)\s+")
+BACKEND = r"^backend {name}\n(?P<lines>(?:[ ]+.*\n|\n)*)"
+REUSE = re.compile(r"^[ ]*http-reuse .*\n", re.MULTILINE)
+CHECKS = re.compile(r"^[ ]*(?:#|option httpchk|http-check|default-server).*\n", re.MULTILINE)
+SERVER = re.compile(r"^(?P<server>[ ]*server (?P<name>\S+) \S+) check\b.*?(?P<backup> backup)?$", re.MULTILINE)
+APART = "-apart"  # the backend of an application's requests that cannot be asked again
 BUFFER = re.compile(r"^\s*tune\.bufsize (?P<bytes>\d+)$", re.MULTILINE)
 REQUEST = "var(txn.prism_request)"
 IN_FRONTEND = """    http-request set-header x-request-id %[uuid] if !{ req.hdr(x-request-id) -m found }
@@ -51,17 +58,38 @@ WHOLE_ANSWERS = """    http-response set-var(txn.whole) bool(1) if METH_POST {{ 
 def rewritten(text: str) -> str:
     """Ray's configuration of HAProxy with what this project changes."""
     text = OPEN.sub(r"\g<section>127.0.0.1:", text)
-    lines = ["option http-buffer-request", "option http-server-close"]
+    lines = ["option http-buffer-request"]
     lines += [f"http-error status {status} {_refusal(LOST)} hdr x-prism-refusal 1" for status in (502, 503, 504)]
     text = PLAIN_ERRORS.sub(lambda found: "".join(f"{found['indent']}{line}\n" for line in lines), text)
     buffer = BUFFER.search(text)
-    added = IN_FRONTEND + (WHOLE_ANSWERS.format(limit=int(buffer["bytes"]) // 2) if buffer else "")
+    limit = int(buffer["bytes"]) // 2 if buffer else 0
+    added = IN_FRONTEND + (WHOLE_ANSWERS.format(limit=limit) if limit else "")
     text = FRONTEND.sub(lambda found: found[0] + added, text)
+    text = _large_apart(text, limit)
     if not KNOWN.search(text):
         text = UNKNOWN_PATH.sub(
             lambda found: f"{found['head']}http-request return status 503 {_refusal(STARTING)}\n", text
         )
     return text
+
+
+def _large_apart(text: str, limit: int) -> str:
+    """What POSTs more than `limit` bytes, or nobody knows how many, to an application, through a backend of its own."""
+    large = f"METH_POST !{{ req.hdr_val(content-length) le {limit} }}"
+    for use in list(KNOWN.finditer(text)):
+        backend = re.search(BACKEND.format(name=re.escape(use["name"])), text, re.MULTILINE)
+        if backend is None:
+            continue
+        conditions = " || ".join(f"{one} {large}" for one in OR.split(use["conditions"]))
+        text = text.replace(use[0], f"    use_backend {use['name']}{APART} if {conditions}\n{use[0]}", 1)
+        text = text.replace(backend[0], backend[0] + _apart(use["name"], backend["lines"]), 1)
+    return text
+
+
+def _apart(name: str, lines: str) -> str:
+    """A backend of the same servers with a connection for each request; they are up when those of `name` are."""
+    lines = CHECKS.sub("", REUSE.sub("    http-reuse never\n    option http-server-close\n", lines))
+    return f"backend {name}{APART}\n" + SERVER.sub(rf"\g<server> track {name}/\g<name>\g<backup>", lines)
 
 
 def main() -> None:

@@ -34,12 +34,15 @@ ENVIRONMENT = {  # of Serve's controller, and so of its proxies
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.shield:middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that fails three looks in a row is replaced
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # predictions change nothing
+    "RAY_SERVE_HAPROXY_RETRIES": "5",  # two replicas that are lost at once are found to be, and the proxy is asked
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",  # a request that fits can be asked again
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # who refuses a connection gets no other until it is seen to live
 }
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 DRAINING_SECONDS = "3"  # HAProxy knows in less than one; Ray's 30 are for balancers outside, which a cluster may have
+THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
+MOST_THREADS = 4  # Ray's number on every machine; where more than half of the processors are HAProxy's, replicas wait
 PORTS = "HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT"
 SEPARATE_THREAD = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"  # needless, and slow: a model has its own
 REPLICA_PORTS = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
@@ -64,6 +67,7 @@ def prepare(ingress: Ingress, address: str | None) -> None:
             _give_files_and_ports()
             os.environ.setdefault(DRAINING, DRAINING_SECONDS)
             os.environ.setdefault(SEPARATE_THREAD, "0")
+            os.environ.setdefault(THREADS, str(max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))))
     elif wanted:
         pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
         pairs += f" {BINARY}=$(command -v prism-haproxy)" if ingress != "proxy" else ""

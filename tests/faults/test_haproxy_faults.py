@@ -59,13 +59,14 @@ class Server:
 
     def listening(self, name: str) -> set[tuple[str, int]]:
         """Where this Ray's processes with such a name take connections."""
-        return {
-            (connection.laddr.ip, connection.laddr.port)
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if name in process.name()
-            for connection in process.net_connections()
-            if connection.status == psutil.CONN_LISTEN
-        }
+        found = set()
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if name in process.name():
+                    found |= {each.laddr for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
+            except psutil.NoSuchProcess:
+                continue
+        return found
 
     def kill(self, title: str, count: int = 1) -> None:
         """kill -9 some of them."""
@@ -114,6 +115,12 @@ def test_no_port_is_one_that_every_ray_on_this_machine_would_take(server):
     ports = {port for _, port in server.listening("")}
     assert len(ports) > 10
     assert not ports & {8404, 9101, 8500, 30000}  # statistics, metrics, fallback proxy, first replica
+
+
+def test_half_of_the_processors_are_left_to_the_replicas(server):
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    threads = {process.num_threads() for process in children if process.name() == "haproxy"}
+    assert threads == {max(1, min(4, os.cpu_count() // 2))}
 
 
 @pytest.mark.parametrize("title", [REPLICA, CONTROLLER])

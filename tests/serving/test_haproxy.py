@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,6 @@ defaults
     timeout client 20s
     timeout server 2s
     option redispatch 1
-    http-reuse always
     retry-on conn-failure empty-response
     errorfile 502 {folder}/500.http
     errorfile 503 {folder}/500.http
@@ -40,6 +40,8 @@ frontend http_frontend
 backend default_backend
     http-request return status 404 content-type text/plain lf-string "Path '%[path]' not found."
 backend one
+    http-reuse always
+    default-server fastinter 250ms downinter 250ms fall 2 rise 2 inter 5s check
 {servers}
 listen stats
   bind *:{stats}
@@ -49,12 +51,15 @@ STARTER = "import subprocess, sys; subprocess.run(sys.argv[1:])"  # stands where
 
 
 @contextlib.contextmanager
-def haproxy(folder: Path, *replicas: int, use: str = "use_backend one if is_one") -> Iterator[str]:
+def haproxy(folder: Path, *replicas: int, fallback: int = 0, use: str = "use_backend one if is_one") -> Iterator[str]:
     """Its address, with a configuration such as Ray writes; who started it is killed when the block ends."""
     (folder / "500.http").write_bytes(b"HTTP/1.1 500 Plain\r\nContent-Length: 0\r\n\r\n")
     ports = dict(zip(("metrics", "port", "stats"), free_ports(3), strict=True))
     file = folder / "haproxy.cfg"
-    servers = "\n".join(f"    server of{port} 127.0.0.1:{port}" for port in replicas)
+    checked = "check observe layer4 error-limit 1 on-error mark-down"
+    servers = "\n".join(f"    server of{port} 127.0.0.1:{port} {checked}" for port in replicas)
+    if fallback:
+        servers += f"\n    server fallback 127.0.0.1:{fallback} check backup"
     file.write_text(RAYS.format(folder=folder, servers=servers, use=use, **ports))
     command = Path(sys.executable).with_name("prism-haproxy")
     environment = os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(command)}  # as in the processes that Ray starts
@@ -78,27 +83,31 @@ def haproxy(folder: Path, *replicas: int, use: str = "use_backend one if is_one"
 
 
 @contextlib.contextmanager
-def replica(behave: list[str]) -> Iterator[int]:
-    """The port of a server that does, request by request, what `behave` says, and answers 200 after that."""
+def replica(behave: list[str], callers: list[int] | None = None) -> Iterator[int]:
+    """The port of a server that does, request by request, what `behave` says, and answers 200 after that.
+
+    `callers` gets the port that each request came from.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            if callers is not None:
+                callers.append(self.client_address[1])
+            body = b"".join(self.parts())
             match behave.pop(0) if behave else "answer":
                 case "die":
-                    self.connection.close()
+                    self.hang_up()
                 case "die for good":
                     self.server.socket.close()
-                    self.connection.close()
+                    self.hang_up()
                 case "die within":
                     self.send_response(200)
                     self.send_header("content-length", str(len(body)))
                     self.end_headers()
                     self.wfile.write(body[:-1])
-                    self.wfile.flush()
-                    self.connection.close()
+                    self.hang_up()
                 case "dawdle" | "in pieces" as how:
                     self.send_response(200)
                     self.send_header("content-type", "text/event-stream" if how == "in pieces" else "text/plain")
@@ -115,6 +124,20 @@ def replica(behave: list[str]) -> Iterator[int]:
                     self.send_header("content-length", str(len(body)))
                     self.end_headers()
                     self.wfile.write(body)
+
+        def parts(self) -> Iterator[bytes]:
+            if "content-length" in self.headers:
+                yield self.rfile.read(int(self.headers["content-length"]))
+                return
+            while length := int(self.rfile.readline(), 16):
+                yield self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+
+        def hang_up(self) -> None:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
         def do_HEAD(self) -> None:
             self.send_response(200)
@@ -181,17 +204,38 @@ def test_one_that_cannot_be_asked_again_is_refused_in_our_words(tmp_path, behave
     assert refusal(response, name) == "no process answered for this model; retry after a moment"
 
 
-def test_a_client_that_keeps_its_connection_is_told_like_any_other(tmp_path):
+@pytest.mark.parametrize("size", [1, 300_000])
+@pytest.mark.parametrize("behave", [["die"] * 9, ["die for good"], ["hang"] * 2])
+def test_a_client_that_keeps_its_connection_is_told_like_any_other(tmp_path, behave, size):
     with (
-        replica(["answer", "die for good"]) as port,
-        haproxy(tmp_path, port) as url,
-        httpx.Client(trust_env=False) as one,
+        replica(["answer", *behave]) as port,
+        replica([]) as fallback,
+        haproxy(tmp_path, port, fallback=fallback) as url,
+        httpx.Client(trust_env=False, timeout=20) as one,
     ):
-        asked = [one.post(f"{url}/one/predict", content=b"x", headers={"x-request-id": "7"}) for _ in range(3)]
+        asked = [
+            one.post(f"{url}/one/predict", content=b"x" * bytes, headers={"x-request-id": "7"}) for bytes in (1, size)
+        ]
     assert asked[0].status_code == 200
-    assert (
-        refusal(asked[1], "7") == refusal(asked[2], "7") == "no process answered for this model; retry after a moment"
-    )
+    if (behave, size) == (["die for good"], 1):
+        assert asked[1].status_code == 200  # of the fallback, which in Ray says that nobody is there
+    else:
+        assert refusal(asked[1], "7") == "no process answered for this model; retry after a moment"
+
+
+@pytest.mark.parametrize(("size", "connections"), [(1, 1), (30_000, 1), (40_000, 4)])
+def test_who_cannot_be_asked_again_gets_a_connection_of_its_own(tmp_path, size, connections):
+    with replica([], callers := []) as port, haproxy(tmp_path, port) as url, httpx.Client(trust_env=False) as one:
+        for _ in range(4):
+            assert len(one.post(f"{url}/one/predict", content=b"x" * size).content) == size
+    assert len(set(callers)) == connections
+
+
+def test_a_body_of_unknown_length_gets_a_connection_of_its_own(tmp_path):
+    with replica([], callers := []) as port, haproxy(tmp_path, port) as url, httpx.Client(trust_env=False) as one:
+        for content in (b"x", b"x", iter([b"x"])):
+            assert one.post(f"{url}/one/predict", content=content).content == b"x"
+    assert callers[0] == callers[1] != callers[2]
 
 
 def test_a_replica_that_is_not_there(tmp_path):

@@ -110,7 +110,7 @@ def test_distillation_mixes_the_published_terms(trained):
     p, q = (logits / 6).softmax(1) if (logits := teacher) is not None else None, (model(batch.pixels) / 6).softmax(1)
     divergence = (p * (p / q).log()).sum(1).mean()
     expected = 0.95 * 36 * divergence + 0.05 * found["cross_entropy"]
-    assert float(found["loss"]) == pytest.approx(float(expected), rel=1e-4)
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert "cross_entropy" not in made.model_copy(update={"distillation": 0.0}).losses(model, batch)
 
 

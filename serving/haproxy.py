@@ -36,8 +36,7 @@ UNKNOWN_PATH = re.compile(r"^(?P<head>backend default_backend\n[ ]*)http-request
 KNOWN = re.compile(r"^[ ]*use_backend (?P<name>\S+) if (?P<conditions>.+)\n", re.MULTILINE)
 OR = re.compile(r"\s+(?:or|\|\|)\s+")
 BACKEND = r"^backend {name}\n(?P<lines>(?:[ ]+.*\n|\n)*)"
-REUSE = re.compile(r"^[ ]*http-reuse .*\n", re.MULTILINE)
-CHECKS = re.compile(r"^[ ]*(?:#|option httpchk|http-check|default-server).*\n", re.MULTILINE)
+REUSE_AND_CHECKS = re.compile(r"^[ ]*(?:#|http-reuse|option httpchk|http-check|default-server).*\n", re.MULTILINE)
 SERVER = re.compile(r"^(?P<server>[ ]*server (?P<name>\S+) \S+) check\b.*?(?P<backup> backup)?$", re.MULTILINE)
 APART = "-apart"  # the backend of an application's requests that cannot be asked again
 BUFFER = re.compile(r"^\s*tune\.bufsize (?P<bytes>\d+)$", re.MULTILINE)
@@ -88,8 +87,8 @@ def _large_apart(text: str, limit: int) -> str:
 
 def _apart(name: str, lines: str) -> str:
     """A backend of the same servers with a connection for each request; they are up when those of `name` are."""
-    lines = CHECKS.sub("", REUSE.sub("    http-reuse never\n    option http-server-close\n", lines))
-    return f"backend {name}{APART}\n" + SERVER.sub(rf"\g<server> track {name}/\g<name>\g<backup>", lines)
+    servers = SERVER.sub(rf"\g<server> track {name}/\g<name>\g<backup>", REUSE_AND_CHECKS.sub("", lines))
+    return f"backend {name}{APART}\n    http-reuse never\n    option http-server-close\n{servers}"
 
 
 def main() -> None:

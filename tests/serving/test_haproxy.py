@@ -214,7 +214,7 @@ def test_a_client_that_keeps_its_connection_is_told_like_any_other(tmp_path, beh
         httpx.Client(trust_env=False, timeout=20) as one,
     ):
         asked = [
-            one.post(f"{url}/one/predict", content=b"x" * bytes, headers={"x-request-id": "7"}) for bytes in (1, size)
+            one.post(f"{url}/one/predict", content=b"x" * length, headers={"x-request-id": "7"}) for length in (1, size)
         ]
     assert asked[0].status_code == 200
     if (behave, size) == (["die for good"], 1):

@@ -15,17 +15,25 @@ from cluster.local import LocalCluster
 from cluster.registry_session import session
 
 CPUS = 4  # logical: Ray only schedules by them
-
-
 WITH_RAY = ("cluster", "faults", "jobs", "serving", "test_prism.py")  # in tests/
+WITHOUT_RAY = {  # but these start none in the tests' process, and take long
+    "cluster/test_registry.py",
+    "jobs/test_curvature.py",
+    "jobs/test_engines.py",
+    "jobs/test_farms_rates.py",
+    "jobs/test_plan.py",
+    "serving/test_console.py",
+    "serving/test_haproxy.py",
+}
 
 
 class WithRayApart(LoadScopeScheduling):
     """With `-n 2`, all tests that may start Ray go to one process, which starts it once; the others go by file."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.partition("::")[0])
-        return "ray" if file.parts[1] in WITH_RAY else str(file)
+        file = Path(nodeid.partition("::")[0]).relative_to("tests")
+        alone = file.parts[0] not in WITH_RAY or file.as_posix() in WITHOUT_RAY
+        return str(file) if alone else "ray"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WithRayApart:

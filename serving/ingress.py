@@ -45,6 +45,7 @@ THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
 MOST_THREADS = 4  # what Ray gives HAProxy everywhere; with more than half of the processors it slows the replicas
 PORTS = "HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT"
 SEPARATE_THREAD = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"  # needless, and slow: a model has its own
+NICENESS = "RAY_worker_niceness"  # Ray's 15 lets all else on the machine go before a replica: 3 % of a long call
 REPLICA_PORTS = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 OURS = Path(sys.executable).with_name("prism-haproxy")
 
@@ -63,6 +64,7 @@ def prepare(ingress: Ingress, address: str | None) -> None:
     wanted = {name: value for name, value in VARIABLES[ingress].items() if os.environ.get(name, "0") != value}
     if starts:
         os.environ |= wanted
+        os.environ.setdefault(NICENESS, "0")
         if ingress != "proxy":
             _give_files_and_ports()
             os.environ.setdefault(DRAINING, DRAINING_SECONDS)

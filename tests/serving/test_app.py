@@ -135,7 +135,7 @@ def test_a_ray_that_is_started_here_has_haproxy_with_files_and_ports_of_its_own(
     assert first["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     assert first["RAY_SERVE_HAPROXY_BINARY_PATH"].endswith("prism-haproxy")
     assert first["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] == "3"
-    assert first["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "0"
+    assert first["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == first["RAY_worker_niceness"] == "0"
     assert Path(first["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent.stat().st_mode & 0o077 == 0  # nobody else's business
     prepare("auto", None)
     prepare("haproxy", None)

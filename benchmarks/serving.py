@@ -55,7 +55,7 @@ GOALS = {"direct": 0.8, "plain": 1.5, "added ms": 8.0}
 INGRESSES = ("haproxy", "proxy", "fast")
 TAKES_TURNS = ("hallucination",)  # its model listens to itself while it writes: not two texts at once
 FEW = ("score", "classify", "graph-anomaly")
-SMALL = {"molecule": {"samples": 4, "steps": 20}}  # in a first example that asks for more than a small request does
+SMALL = {"molecule": {"samples": 4, "steps": 20}}  # where the first example asks for much
 MANY: dict[str, dict[str, Any]] = {  # requests of many items, where the first example has one
     "hallucination": {"prompts": ["The capital of France is"] * 8, "samples": 4},
     "score": {"texts": ["The river Thames flows through London."] * 64},

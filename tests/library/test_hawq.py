@@ -109,7 +109,7 @@ def test_the_trace_formula_is_exact_where_a_change_spreads_evenly_over_eigenvect
             lambda w: F.mse_loss(data[0][0] @ w.T, data[0][1]), model.weight).flatten() @ change)  # fmt: skip
         model.weight += change
         after = F.mse_loss(model(data[0][0]), data[0][1])
-    assert float(after - before) == pytest.approx(slope + float(exact) / 2)
+    assert (after - before).item() == pytest.approx(slope + float(exact) / 2)
 
 
 def test_probes_stop_when_the_selection_is_stable(network):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -162,3 +163,19 @@ def test_what_the_work_raises_is_raised():
     next(steps)
     with pytest.raises(ValueError, match="broken"):
         next(steps)
+
+
+def test_all_work_goes_through_one_thread_that_is_not_the_caller():
+    def work(told):
+        told(1, 1)
+        return threading.get_ident()
+
+    threads = set()
+    for _ in range(20):
+        steps = in_steps(work)
+        next(steps)
+        with pytest.raises(StopIteration) as end:
+            next(steps)
+        threads.add(end.value.value)
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads

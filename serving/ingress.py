@@ -38,14 +38,17 @@ ENVIRONMENT = {  # of Serve's controller, and so of its proxies
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",  # a request that fits can be asked again
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # who refuses a connection gets no other until it is seen to live
 }
-BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
-DRAINING_SECONDS = "3"  # HAProxy knows in less than one; Ray's 30 are for balancers outside, which a cluster may have
-THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
 MOST_THREADS = 4  # what Ray gives HAProxy everywhere; with more than half of the processors it slows the replicas
+STARTED_HERE = {  # of a Ray that is started here, where the user has not set them
+    "RAY_worker_niceness": "0",  # Ray's 15 lets all else on the machine go before a replica: 3 % of a long call
+}
+STARTED_HERE_WITH_HAPROXY = {
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # HAProxy knows in one; Ray's 30 are for balancers outside
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # needless, and slow: a model has its own
+    "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))),
+}
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PORTS = "HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT"
-SEPARATE_THREAD = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"  # needless, and slow: a model has its own
-NICENESS = "RAY_worker_niceness"  # Ray's 15 lets all else on the machine go before a replica: 3 % of a long call
 REPLICA_PORTS = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 OURS = Path(sys.executable).with_name("prism-haproxy")
 
@@ -64,12 +67,12 @@ def prepare(ingress: Ingress, address: str | None) -> None:
     wanted = {name: value for name, value in VARIABLES[ingress].items() if os.environ.get(name, "0") != value}
     if starts:
         os.environ |= wanted
-        os.environ.setdefault(NICENESS, "0")
+        defaults = dict(STARTED_HERE)
         if ingress != "proxy":
+            defaults |= STARTED_HERE_WITH_HAPROXY
             _give_files_and_ports()
-            os.environ.setdefault(DRAINING, DRAINING_SECONDS)
-            os.environ.setdefault(SEPARATE_THREAD, "0")
-            os.environ.setdefault(THREADS, str(max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))))
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
     elif wanted:
         pairs = " ".join(f"{name}={value}" for name, value in VARIABLES[ingress].items())
         pairs += f" {BINARY}=$(command -v prism-haproxy)" if ingress != "proxy" else ""

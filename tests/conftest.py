@@ -41,6 +41,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WithRay
     return WithRayApart(config, log)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a test that asks for the session's Ray in a process that is to have none."""
+    tests = Path(__file__).parent
+    if missing := sorted(file for file in WITHOUT_RAY if not (tests / file).exists()):
+        raise pytest.UsageError(f"tests/conftest.py: WITHOUT_RAY names files that are not there: {', '.join(missing)}")
+    for item in items:
+        apart = item.path.is_relative_to(tests) and item.path.relative_to(tests).as_posix() in WITHOUT_RAY
+        if apart and "shared_ray" in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(f"{item.nodeid} asks for Ray, but its file is in WITHOUT_RAY of tests/conftest.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let what tests start hear SIGINT, even where the tests themselves were started in the background, deaf to it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

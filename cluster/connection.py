@@ -1,5 +1,6 @@
 """Connecting to Ray: the one place that calls `ray.init`."""
 
+import contextlib
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ NOT_SHIPPED = (
 )
 CLIENT_PROCESS_FAILED = "Starting Ray client server failed", "ZombieProcess"  # Ray's words
 CLIENT_TRIES = 3
+SETUP = "worker_process_setup_hook"  # of a runtime environment
+FOLDER = "PRISM_FOLDER"  # for workers: where the process works that connected
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 ALLOWED = "allowed are local, auto, HOST:PORT and ray://HOST:PORT"
 LOOK_SECONDS = 2.0
@@ -118,8 +121,9 @@ def connect(
 
     A process that is connected already keeps its connection. `cpus` is the number of logical CPUs of a Ray that is
     started here (default: the machine's). Workers of a joined cluster get a copy of this project unless `ship` is
-    False, for clusters whose machines have it. All workers compute with one BLAS thread and use the registry that
-    this process uses. `quiet` keeps Ray's own messages and the workers' output off the terminal.
+    False, for clusters whose machines have it. All workers compute with one BLAS thread, use the registry that this
+    process uses, and work in its folder where their machine has that, so that a relative path means the same file
+    (Ray Client leaves that out). `quiet` keeps Ray's own messages and the workers' output off the terminal.
 
     Raises InputError for a malformed address or contradictory arguments, PrismError in less than 15 seconds when
     there is no Ray at the address.
@@ -184,12 +188,12 @@ def _init(target: str | None, options: dict[str, Any]) -> None:
 
 
 def runtime_environment(*, ship: bool) -> dict[str, Any]:
-    """Ray's runtime environment for this project's workers: threads, registry, and with `ship` the project itself.
+    """Ray's runtime environment for this project's workers: threads, registry, folder, with `ship` the project itself.
 
     A source checkout is shipped as the workers' working directory, an installed package as modules. What the Ray
     job that this process runs in has set already is left out, because Ray refuses to be told twice.
     """
-    environment = ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false"}
+    environment = ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false", FOLDER: os.getcwd()}
     environment |= {key: os.environ[key] for key in ("PRISM_HOME", "MLFLOW_TRACKING_URI") if key in os.environ}
     checkout = (ROOT / "pyproject.toml").is_file()
     if checkout and not ship:
@@ -199,12 +203,20 @@ def runtime_environment(*, ship: bool) -> dict[str, Any]:
     wanted: dict[str, Any] = {
         "env_vars": {key: value for key, value in environment.items() if key not in job.get("env_vars", {})}
     }
+    if SETUP not in job:
+        wanted[SETUP] = f"{__name__}.{enter_folder.__name__}"
     if ship and not {"working_dir", "py_modules"} & job.keys():
         if checkout:
             wanted |= {"working_dir": str(ROOT), "excludes": list(NOT_SHIPPED)}
         else:
             wanted["py_modules"] = [str(ROOT / floor) for floor in FLOORS]
     return wanted
+
+
+def enter_folder() -> None:
+    """Work in the folder of the process that connected, where this machine has it. Each worker calls this first."""
+    with contextlib.suppress(KeyError, OSError):
+        os.chdir(os.environ[FOLDER])
 
 
 def _resolve(address: str | None) -> str | None:

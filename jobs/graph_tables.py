@@ -86,14 +86,15 @@ class GraphTableJob(Job, frozen=True, extra="forbid"):
                 _write(found, str(folder))
                 for name, content in work.beside.items():
                     (folder / name).write_bytes(content)
-        rows, faults = _counts(self.out)
+        place = storage.join(self.out)
+        rows, faults = _counts(place)
         seconds = time.monotonic() - began
         counts = {"graphs": float(rows), "faults": float(faults), "graphs_per_second": rows / seconds}
         report = Report(
             job=self.job,
             config=self.record(),
             metrics=counts | dict(work.metrics),
-            folder=self.out,
+            folder=place,
             seconds=seconds,
         )
         if faults:

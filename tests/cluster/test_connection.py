@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster import connect, probe
-from cluster.connection import ONE_THREAD, ROOT, runtime_environment
+from cluster.connection import FOLDER, ONE_THREAD, ROOT, SETUP, enter_folder, runtime_environment
 from library.errors import InputError, PrismError
 
 pytestmark = pytest.mark.ray
@@ -68,26 +68,25 @@ connection = connect()
 @ray.remote
 def where():
     import library.order, cluster.storage
-    return os.environ["OMP_NUM_THREADS"], os.path.realpath(os.path.dirname(library.order.__file__))
-threads, folder = ray.get(where.remote())
-print(connection.started, connection.cpus, threads, folder)
+    return os.environ["OMP_NUM_THREADS"], os.path.realpath(os.path.dirname(library.order.__file__)), os.getcwd()
+print(connection.started, connection.cpus, *ray.get(where.remote()))
 connection.disconnect()
 """
 
 
-def join(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
-    return subprocess.run(
-        [sys.executable, "-c", JOINER], env=os.environ | path | environment, capture_output=True, text=True, timeout=300
-    )
+def join(address: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address} | environment
+    command = [sys.executable, "-c", JOINER]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_another_process_joins_by_ray_address_and_ships_the_project(ray_cluster):
-    done = join(ray_cluster.address)
+def test_another_process_joins_by_ray_address_ships_the_project_and_keeps_its_folder(ray_cluster, tmp_path):
+    done = join(ray_cluster.address, tmp_path)
     assert done.returncode == 0, done.stderr
-    started, cpus, threads, folder = done.stdout.split()
+    started, cpus, threads, code, folder = done.stdout.split()
     assert (started, cpus, threads) == ("False", "4.0", "1")
-    assert "working_dir_files" in folder  # the workers run the copy, not the checkout
+    assert "working_dir_files" in code  # the workers run the copy, not the checkout
+    assert folder == str(tmp_path)
     assert done.stderr == ""
     assert ray.is_initialized()
     assert ray.nodes()[0]["Alive"]
@@ -116,14 +115,21 @@ def client_server(ray_cluster, closed_port) -> Iterator[str]:
     server.wait()
 
 
-def test_another_machine_joins_through_ray_client_and_ships_the_project(client_server):
-    done = join(client_server)
+def test_another_machine_joins_through_ray_client_and_ships_the_project(client_server, tmp_path):
+    done = join(client_server, tmp_path)
     logs = Path("/tmp/ray/session_latest/logs").glob("ray_client_server*")
     assert done.returncode == 0, "\n".join([done.stderr, *(file.read_text()[-5000:] for file in logs)])
-    started, cpus, threads, folder = done.stdout.split()
+    started, cpus, threads, code, _ = done.stdout.split()
     assert (started, cpus, threads) == ("False", "4.0", "1")
-    assert "working_dir_files" in folder
+    assert "working_dir_files" in code
     assert done.stderr == ""
+
+
+def test_a_folder_that_a_machine_does_not_have_changes_nothing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(FOLDER, str(tmp_path / "elsewhere"))
+    enter_folder()
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -148,14 +154,15 @@ def test_a_client_process_that_fails_to_start_gets_other_chances(no_ray, monkeyp
     assert calls == ["ray://head:10001"] * tries
 
 
-def test_inside_a_ray_job_what_the_job_set_is_left_alone(ray_cluster):
+def test_inside_a_ray_job_what_the_job_set_is_left_alone(ray_cluster, tmp_path):
+    assert SETUP not in _inside({"runtime_env": {SETUP: "theirs.setup"}})
     job = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "3", "PYTHONPATH": str(ROOT)}, "working_dir": "gcs://x.zip"}}
     wanted = _inside(job)
     assert "OMP_NUM_THREADS" not in wanted["env_vars"]
     assert wanted["env_vars"]["MKL_NUM_THREADS"] == "1"
     assert not {"working_dir", "py_modules"} & wanted.keys()
     config = json.dumps({"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "3"}}, "metadata": {}})
-    done = join(ray_cluster.address, RAY_JOB_CONFIG_JSON_ENV_VAR=config)
+    done = join(ray_cluster.address, tmp_path, RAY_JOB_CONFIG_JSON_ENV_VAR=config)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[2] == "3"
 

@@ -37,8 +37,8 @@ def allocate(
     compatible   as in the published code: only ratios above 1 are lowered, to 0.998 (0.99999 at sparsity 0.7), and the
                  mean is not restored
 
-    Raises InputError for alphas that are not finite, lists of different lengths, a sparsity outside (0, 1) or not below
-    the cap, and an epsilon outside [0, 1).
+    Raises InputError for alphas or numbers of weights that are not finite, lists of different lengths, a sparsity
+    outside (0, 1) or not below the cap, a cap outside (0, 1], and an epsilon outside [0, 1).
 
     Source: Lu et al., "AlphaPruning", NeurIPS 2024, section 3.2; Hu et al., ICML 2025.
 
@@ -48,12 +48,14 @@ def allocate(
     values = torch.as_tensor(alphas, dtype=torch.float64)
     weights = torch.as_tensor(parameters, dtype=torch.float64)
     if values.ndim != 1 or values.shape != weights.shape or not len(values):
-        raise InputError(f"one alpha and one number of weights per layer: got {len(values)} and {len(weights)}")
+        raise InputError(f"one alpha and one number of weights per layer: got {values.numel()} and {weights.numel()}")
     if not torch.isfinite(values).all():
         missing = (~torch.isfinite(values)).nonzero().flatten().tolist()
         raise InputError(f"layers {', '.join(map(str, missing[:5]))} have no finite alpha; leave them out")
-    if not (weights > 0).all():
-        raise InputError("a layer has no weights")
+    if not ((weights > 0) & torch.isfinite(weights)).all():
+        raise InputError("a layer has no weights, or not a finite number of them")
+    if not 0 < cap <= 1:
+        raise InputError(f"the cap of a ratio must lie in (0, 1], got {cap}")
     if not 0 < sparsity < 1 or (sparsity >= cap and not compatible):
         raise InputError(f"sparsity must lie in (0, {min(1.0, cap):g}), got {sparsity}")
     if not 0 <= epsilon < 1:

@@ -28,13 +28,13 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     """Windows of one shape (farms), or the whole matrix (plain)."""
     window: int = Field(2000, ge=8)
     """Rows of a window; at most the shorter side of the layer. Convolutions have windows of their own."""
-    ratio: float = Field(1.0, gt=0)
+    ratio: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Columns over rows of a window (Q)."""
     ops: int = Field(15, ge=2)
     """Windows per dimension; at most so many with a tolerance."""
     step: PositiveInt | None = None
     """Distance of neighbouring windows, instead of a number of them."""
-    tolerance: float | None = Field(None, gt=0)
+    tolerance: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Take more windows only until the standard error of alpha is below this."""
     rule: Rule = "median"
     """Where the tail begins: at the median, near the histogram's peak (fixfinger), or at the best fit (ks)."""
@@ -42,7 +42,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     """The median rule's tail begins at eigenvalue N / position."""
     lower_bound: LowerBound = "log"
     """Of fixfinger: log is as published, linear as meant."""
-    floor: float = Field(0.0, ge=0)
+    floor: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Eigenvalues at or below this are left out (1e-5 as published, where zeros are filtered)."""
 
     @classmethod
@@ -94,12 +94,14 @@ class Spectrum(NamedTuple):
         start = min(count - 2, count - round(count * share))
         alphas = hill_scan(self.values[0])[:, start]
         deviations = torch.where(torch.isfinite(alphas), alphas - alphas[torch.isfinite(alphas)].mean(), 0.0)
-        variance = deviations @ self.grid.overlaps().to(deviations.device) @ deviations
+        rows, columns = (shared.to(deviations.device) for shared in self.grid.overlaps())
+        placed = deviations.unflatten(0, (len(rows), len(columns)))
+        variance = (placed * (rows @ placed @ columns)).sum()
         return float(variance.clamp(min=0).sqrt() / windows)
 
 
 def analyze(source: Source, settings: Settings | None = None, **changes: Any) -> "pd.DataFrame":
-    """The spectrum of every linear and convolutional layer of a model, one row each, in the model's order.
+    """The spectrum of every linear and convolutional layer of a model, one row each, in the order of `find_layers`.
 
     source     a torch module (transformers' models among them), a state by name, a safetensors file or a folder of
                them, an artifact; weights are read one layer at a time
@@ -116,8 +118,8 @@ def analyze(source: Source, settings: Settings | None = None, **changes: Any) ->
     values; those of windows are pooled, those of a convolution's positions averaged. Names as in WeightWatcher mean
     what they mean there.
 
-    Raises InputError for settings that are refused, weights that are quantised or not finite (naming the layer), and a
-    model without layers.
+    Raises InputError for what is no model, settings that are refused, weights that are quantised, on the meta device
+    or not finite (naming the layer), and a model without layers.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 64))
     >>> analyze(model, window=32)[["layer", "rows", "columns", "windows"]].values.tolist()
@@ -131,6 +133,8 @@ def analyze(source: Source, settings: Settings | None = None, **changes: Any) ->
 
 def checked(settings: Settings | None, changes: dict[str, Any]) -> Settings:
     """Settings with some fields changed. Raises InputError that names the field which is refused."""
+    if not isinstance(settings, Settings | None):
+        raise InputError(f"settings must be Settings, got {type(settings).__name__}; fields go by name: window=100")
     try:
         return Settings.model_validate((settings or Settings()).model_dump() | changes)
     except ValidationError as error:

@@ -5,7 +5,8 @@ rates go into a persistent buffer of the model, so that a resumed run has them. 
 `after_step` does, multiplies the recipe's own rates by them from its next step on: one update later.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Balanced(BaseModel, frozen=True, extra="forbid"):
         model = super().model()
         factors = torch.ones(len(find_layers(model)), dtype=torch.float64)
         model.register_buffer(BUFFER, factors)
+        model._apply = MethodType(_apply, model)  # of this model alone, whose class is the recipe's affair
         return model
 
     def optimizer(self, model: nn.Module) -> Optimizer:
@@ -94,6 +96,16 @@ class Balanced(BaseModel, frozen=True, extra="forbid"):
         if not known:
             return metrics or None
         return metrics | {"alpha_mean": sum(known) / len(known), "alpha_min": min(known), "alpha_max": max(known)}
+
+
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """A module's own `_apply`, by which it is moved and cast, but factors keep their float64."""
+    before = self._buffers[BUFFER]
+    type(self)._apply(self, fn, recurse)
+    after = self._buffers[BUFFER]
+    if after.dtype != before.dtype:
+        self._buffers[BUFFER] = before.to(after.device)
+    return self
 
 
 class BalancedSchedule:

@@ -179,13 +179,15 @@ def perplexity(lm: nn.Module, sequences: Tensor, *, batch_size: int = 8, device:
     """exp of the mean over all target tokens of -ln p, one block of the model on the device at a time.
 
     `sequences` int64 (sequences, length + 1): the first `length` tokens of each predict the last `length`. Shared by
-    the workers of a run, on each of which the model is. Raises InputError when there are fewer sequences than workers.
+    the workers of a run, on each of which the model is. Raises InputError for another shape, tokens outside the
+    vocabulary, a batch of none, and when there are fewer sequences than workers.
 
     >>> from library.language.pythia import load
     >>> lm = load("pythia-tiny", vocab_rows=257, generator=torch.Generator().manual_seed(0)).eval()
     >>> 200 < perplexity(lm, torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(0))) < 350
     True
     """
+    check_tokens(lm, sequences, "sequences", batch_size)
     mine = sequences[own_share(len(sequences), "sequences")]
     states = HiddenStates(lm, mine[:, :-1], batch_size=batch_size)
     for block in blocks_of(lm):
@@ -194,6 +196,21 @@ def perplexity(lm: nn.Module, sequences: Tensor, *, batch_size: int = 8, device:
     found = states.negative_log_likelihood(lm, mine[:, 1:], torch.device(device))
     total, count = collective.all_sum(torch.tensor([found, mine[:, 1:].numel()], dtype=torch.float64)).tolist()
     return math.exp(total / count)
+
+
+def check_tokens(lm: nn.Module, sequences: Tensor, name: str, batch_size: int) -> None:
+    """InputError unless these are tokens (sequences, length + 1) of the model, and a batch holds some."""
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    whole = not (sequences.is_floating_point() or sequences.is_complex() or sequences.dtype == torch.bool)
+    if not whole or sequences.ndim != 2 or sequences.shape[1] < 2:
+        raise InputError(
+            f"{name} must be whole numbers (sequences, length + 1) of at least 2 tokens each, "
+            f"got {sequences.dtype} of shape {tuple(sequences.shape)}"
+        )
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    if not ((sequences >= 0) & (sequences < vocabulary)).all():
+        raise InputError(f"{name}: a token is outside the model's vocabulary of {vocabulary}")
 
 
 def own_share(length: int, name: str) -> slice:

@@ -27,6 +27,7 @@ EMBEDDING = re.compile(
     r"(word|position|token_type|relative_attention|patch)_(embeddings?|bias)|relative_attention_bias)\.weight$"
 )
 EXPERTS = re.compile(r"(^|\.)experts\.[a-z_]+$")
+ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # nn.MultiheadAttention's
 PACKED = (".qweight", ".weight_packed", ".weight.absmax")
 
 
@@ -60,6 +61,8 @@ class Layer:
         weight = self._read() if self.tensor is None else self.tensor
         if self.tensor is not None and self.expert is not None:
             weight = weight[self.expert]
+        if weight.is_meta:
+            raise InputError(f"layer {self.name} is on the meta device; load its weights first")
         if not weight.is_floating_point():
             raise InputError(f"layer {self.name} is quantised ({weight.dtype}); give its weights in floating point")
         weight = weight.detach().mT if self.transposed else weight.detach()
@@ -79,14 +82,19 @@ class Layer:
 
 
 def find_layers(source: Source) -> list[Layer]:
-    """The linear and convolutional layers of a model in order, a weight that several names share only once.
+    """The linear and convolutional layers of a model, a weight that several names share only once.
+
+    Those of a module come in its own order, those of a state, files or an artifact by name, numbers by their size.
 
     source   a torch module; a state by name; a safetensors file or a folder of them, such as a Hugging Face model's;
              an artifact or its folder; the name OWNER/NAME of a model on the Hugging Face hub
 
-    Embeddings, norms and biases are not among them, an output layer is. Layouts that keep a weight as (in, out), like
-    GPT-2's, are told from the length of their biases. A stack of experts gives one layer for each expert. Raises
-    InputError when there is no layer, or the weights are packed integers; ArtifactError for an unreadable file.
+    Embeddings, norms, recurrent layers and biases are not among them, an output layer and the input projections of
+    nn.MultiheadAttention are. Layouts that keep a weight as (in, out), like GPT-2's, are told from the length of their
+    biases. A stack of experts gives one layer for each expert. A parametrised weight, such as a weight-normed one, is
+    seen in a module only, with the value that it has now: a state holds its parts. And a state, which knows no modules,
+    takes every weight of more than two dimensions for a convolution, nn.Bilinear's too. Raises InputError for what is
+    no model, when there is no layer, or the weights are packed integers; ArtifactError for an unreadable file.
     """
     if isinstance(source, nn.Module):
         found = list(_of_module(source))
@@ -94,8 +102,13 @@ def find_layers(source: Source) -> list[Layer]:
         found = list(_of_state(source))
     elif isinstance(source, Artifact):
         found = list(_of_files(source.weight_files()))
-    else:
+    elif isinstance(source, str | Path):
         found = list(_of_files(_files(Path(source))))
+    else:
+        raise InputError(
+            f"a model is a torch module, a state by name, a path, a hub name or an artifact, "
+            f"not a {type(source).__name__}; give a single weight as {{'weight': tensor}}"
+        )
     if not found:
         raise InputError("the model has no linear or convolutional layer")
     return found
@@ -105,20 +118,34 @@ def _of_module(model: nn.Module) -> Iterator[Layer]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         transposed = type(module).__name__ == "Conv1D"  # transformers' own, a linear layer kept as (in, out)
-        for name, weight in module.named_parameters(recurse=False):
+        layer = transposed or isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        for name, weight in _own_weights(module, layer):
             path = f"{prefix}.{name}" if prefix else name
-            linear = isinstance(module, nn.Linear) or transposed
             if id(weight) in seen or weight.ndim < 2 or isinstance(module, nn.Embedding):
                 continue
-            if name == "weight" and (linear or isinstance(module, CONVOLUTIONS)):
+            if (name == "weight" and layer) or (name in ATTENTION_INPUTS and isinstance(module, nn.MultiheadAttention)):
                 seen.add(id(weight))
                 yield _layer(path, tuple(weight.shape), transposed=transposed, tensor=weight)
             elif weight.ndim == 3 and EXPERTS.search(path):
                 yield from _experts(_layer(path, tuple(weight.shape), tensor=weight))
 
 
+def _own_weights(module: nn.Module, layer: bool) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module itself; of a layer also a weight that is computed from others (weight norm)."""
+    own = dict(module.named_parameters(recurse=False))
+    if layer and "weight" not in own:
+        with torch.no_grad():
+            own["weight"] = module.weight
+    yield from own.items()
+
+
 def _of_state(state: Mapping[str, Tensor]) -> Iterator[Layer]:
     seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            hint = f"; give what is under {name!r}" if isinstance(tensor, Mapping) else "; give torch tensors"
+            raise InputError(f"a state holds tensors by name, but {name!r} is a {kind}{hint}")
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for layer in _of_shapes(shapes):
         tensor = state[layer.key]
@@ -174,7 +201,7 @@ def _of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
         shape = shapes[name]
         if len(shape) == 3 and EXPERTS.search(name.removesuffix(".weight")):
             yield from _experts(_layer(name, shape))
-        elif len(shape) >= 2 and name.split(".")[-1] == "weight" and not EMBEDDING.search(name):
+        elif len(shape) >= 2 and name.split(".")[-1] in ("weight", *ATTENTION_INPUTS) and not EMBEDDING.search(name):
             yield _layer(name, shape, transposed=name in turned)
 
 

@@ -19,7 +19,16 @@ from library.errors import InputError
 from library.farms.allocation import CAP, Mapping, achieved, allocate
 from library.farms.analysis import Settings
 from library.farms.balance import shared_alphas
-from library.farms.causal_lm import BlockLayer, HiddenStates, block_layers, blocks_of, on_device, own_share, perplexity
+from library.farms.causal_lm import (
+    BlockLayer,
+    HiddenStates,
+    block_layers,
+    blocks_of,
+    check_tokens,
+    on_device,
+    own_share,
+    perplexity,
+)
 from library.farms.layers import Layer
 from library.farms.pruning import InputStatistics, Pruner, prune_weight
 
@@ -51,6 +60,12 @@ class Pruning(BaseModel, frozen=True, extra="forbid"):
     def _pattern_prunes_some(self) -> Self:
         if self.pattern is not None and self.pattern[0] >= self.pattern[1]:
             raise ValueError(f"pattern: {self.pattern[0]}:{self.pattern[1]} prunes all; N must be less than M")
+        return self
+
+    @model_validator(mode="after")
+    def _epsilons_in_range(self) -> Self:
+        if not all(0 <= epsilon < 1 for epsilon in self.epsilon):
+            raise ValueError(f"epsilon: each must lie in [0, 1), got {', '.join(map(str, self.epsilon))}")
         return self
 
     @property
@@ -107,7 +122,7 @@ def prune_causal_lm(
     initialised, all workers must call this with the same model and texts.
 
     Raises InputError for an unknown architecture, layers without an exponent where ratios need them, fewer sequences
-    than workers, and a model whose perplexity is not finite.
+    than workers, texts that are not tokens of the model, and a model whose perplexity is not finite.
 
     >>> from library.language.pythia import load
     >>> lm = load("pythia-tiny", vocab_rows=257, generator=torch.Generator().manual_seed(0))
@@ -120,6 +135,8 @@ def prune_causal_lm(
 
     pruning = pruning or Pruning()
     device = torch.device(device)
+    for name, tokens in texts._asdict().items():
+        check_tokens(lm, tokens, name, batch_size)
     lm.eval()
     layers = block_layers(lm)
     tell(f"{len(layers)} layers in {len(blocks_of(lm))} blocks")

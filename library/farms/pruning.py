@@ -6,7 +6,7 @@ algorithm 1.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ class InputStatistics:
         return cls(torch.zeros(width, dtype=torch.float64, device=device), made)
 
     def add(self, inputs: Tensor) -> None:
-        """Take in sequences: (sequences, tokens, in)."""
+        """Take in sequences (sequences, tokens, in), or one (tokens, in). Raises InputError for another shape."""
+        width = len(self.squares)
+        if inputs.ndim not in (2, 3) or inputs.shape[-1] != width:
+            raise InputError(f"inputs must have shape (sequences, tokens, {width}), got {tuple(inputs.shape)}")
+        inputs = inputs[None] if inputs.ndim == 2 else inputs
         tokens = inputs.detach().flatten(0, -2).to(torch.float32)
         self.squares += tokens.to(torch.float64).square().sum(0)
         if self.gram is not None:
@@ -53,28 +57,43 @@ class InputStatistics:
 
     @property
     def scaler(self) -> Tensor:
-        """Wanda's mean over the sequences of ||X_j||^2, (in,)."""
+        """Wanda's mean over the sequences of ||X_j||^2, (in,). Raises InputError before the first sequence."""
+        self._check_some()
         return self.squares / self.sequences
 
     @property
     def hessian(self) -> Tensor:
-        """SparseGPT's (2 / sequences) sum X^T X, (in, in)."""
+        """SparseGPT's (2 / sequences) sum X^T X, (in, in). Raises InputError when it was not collected."""
         if self.gram is None:
             raise InputError("the Gram matrix of the inputs was not collected")
+        self._check_some()
         return self.gram * (2 / self.sequences)
+
+    def _check_some(self) -> None:
+        if self.sequences < 1:
+            raise InputError("no input of the layer has been seen; add sequences first")
 
 
 def magnitude_mask(weight: Tensor, sparsity: float, *, compatible: bool = False) -> Tensor:
-    """The int(numel sparsity) smallest |W| of the whole layer; `compatible` prunes the next one too, as published."""
+    """The int(numel sparsity) smallest |W| of the whole layer, the first ones on a tie.
+
+    `compatible` is as published: the next one too, and whatever ties with it. Raises InputError for a sparsity outside
+    [0, 1] and weights that are not finite.
+    """
     _check_sparsity(sparsity)
-    return _smallest(weight.abs(), int(weight.numel() * sparsity) + compatible)
+    _check_finite(weight)
+    return _smallest(weight.abs(), int(weight.numel() * sparsity), compatible=compatible)
 
 
 def wanda_metric(weight: Tensor, scaler: Tensor) -> Tensor:
-    """|W_ij| sqrt(scaler_j), in float32 or better."""
-    if scaler.shape != weight.shape[1:]:
-        raise InputError(f"{len(scaler)} input norms do not fit a weight of shape {tuple(weight.shape)}")
-    return weight.abs() * scaler.to(weight.dtype).sqrt()
+    """|W_ij| sqrt(scaler_j), in float32 or better. Raises InputError for norms that do not fit, or are not finite."""
+    if weight.ndim != 2 or scaler.shape != weight.shape[1:]:
+        raise InputError(f"{scaler.numel()} input norms do not fit a weight of shape {tuple(weight.shape)}")
+    _check_finite(weight)
+    if not ((scaler >= 0) & torch.isfinite(scaler)).all():
+        raise InputError("the mean squares of a layer's inputs must be finite and not negative")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(dtype).abs() * scaler.to(dtype).sqrt()
 
 
 def wanda_mask(weight: Tensor, scaler: Tensor, sparsity: float) -> Tensor:
@@ -106,17 +125,22 @@ def sparsegpt(
     """The pruned weight of SparseGPT, whose kept entries make up for the pruned ones: a new (out, in), dtype kept.
 
     With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1, columns are decided `block` at a time: the
-    int(count sparsity) entries of least w^2 / U_jj^2 of the block (one more when `compatible`), or with a `pattern`
-    (n, m) the n least of every m columns as they are reached. Each pruned entry's error w / U_jj is taken off the
-    columns to its right, times U_j. Inputs that never occur (H_jj = 0) have their column pruned.
+    int(count sparsity) entries of least w^2 / U_jj^2 of the block, the first ones on a tie (when `compatible` one more,
+    and whatever ties with it), or with a `pattern` (n, m) the n least of every m columns as they are reached. Each
+    pruned entry's error w / U_jj is taken off the columns to its right, times U_j. Inputs that never occur (H_jj = 0)
+    have their column pruned.
 
-    Raises InputError for shapes that do not fit, a Hessian that is not finite or not positive definite with this
-    damping, and a pattern that does not divide the columns or the block.
+    Raises InputError for shapes that do not fit, weights that are not finite, a Hessian that is not finite or not
+    positive definite with this damping, a block of no column, and a pattern that does not divide the columns.
     """
     _check_sparsity(sparsity)
-    rows, columns = weight.shape
-    if hessian.shape != (columns, columns):
-        raise InputError(f"a Hessian of {tuple(hessian.shape)} does not fit a weight of {rows} x {columns}")
+    if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
+        shape = " x ".join(map(str, weight.shape))
+        raise InputError(f"a Hessian of {tuple(hessian.shape)} does not fit a weight of {shape}")
+    _check_finite(weight)
+    if block < 1:
+        raise InputError(f"SparseGPT decides at least 1 column at a time, got block={block}")
+    columns = weight.shape[1]
     if pattern is not None:
         _check_pattern(*pattern, columns)
         block = max(pattern[1], block - block % pattern[1])
@@ -129,7 +153,7 @@ def sparsegpt(
         part, factor = left[:, start:stop], upper[start:stop, start:stop]
         diagonal = factor.diagonal()
         if pattern is None:
-            mask = _smallest((part / diagonal).square(), int(part.numel() * sparsity) + compatible)
+            mask = _smallest((part / diagonal).square(), int(part.numel() * sparsity), compatible=compatible)
         else:
             mask = torch.zeros_like(part, dtype=torch.bool)
         errors = torch.zeros_like(part)
@@ -155,8 +179,10 @@ def prune_weight(
 ) -> Tensor:
     """The weight (out, in) after one of the pruners; `pattern` (n, m) prunes n of m instead of the share `sparsity`.
 
-    Raises InputError when Wanda or SparseGPT are asked for without statistics of the inputs.
+    Raises InputError for an unknown pruner, and when Wanda or SparseGPT are asked for without statistics of the inputs.
     """
+    if pruner not in get_args(Pruner):
+        raise InputError(f"pruner {pruner!r} is unknown; allowed: {', '.join(get_args(Pruner))}")
     if pruner != "magnitude" and statistics is None:
         raise InputError(f"{pruner} needs statistics of the layer's inputs")
     if pruner == "sparsegpt":
@@ -173,12 +199,23 @@ def prune_weight(
     return weight.masked_fill(mask, 0)
 
 
-def _smallest(metric: Tensor, count: int) -> Tensor:
-    """The `count` smallest entries; more on a tie, as a threshold has it."""
-    count = min(count, metric.numel())
+def _smallest(metric: Tensor, count: int, *, compatible: bool) -> Tensor:
+    """The `count` smallest entries, the first ones on a tie; when compatible all up to the next one's value."""
+    count = min(count + compatible, metric.numel())
     if count == 0:
         return torch.zeros_like(metric, dtype=torch.bool)
-    return metric <= metric.flatten().kthvalue(count).values
+    threshold = metric.flatten().kthvalue(count).values
+    mask = metric <= threshold
+    if compatible or int(mask.sum()) == count:
+        return mask
+    ties = metric == threshold
+    excess = ties & (ties.flatten().cumsum(0).view_as(ties) > count - int((metric < threshold).sum()))
+    return mask & ~excess
+
+
+def _check_finite(weight: Tensor) -> None:
+    if (wrong := int((~torch.isfinite(weight)).sum())) > 0:
+        raise InputError(f"{wrong} of {weight.numel()} weights of a layer are not finite")
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:

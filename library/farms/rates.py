@@ -1,7 +1,8 @@
 """Layer-wise learning rates from exponents: TempBalance's maps and TB_Sigmoid, as factors of the global rate."""
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ def rate_factors(
     sigmoid   10^phi, phi = s (sigmoid(sharpness (alpha_l - mean alpha)) - 1/2), with s the first of `strength` below
               the mean and the second above it: between 10^(-s / 2) and 10^(s / 2)
 
-    A layer whose alpha is nan takes no part and gets 1; so do all when their alphas are equal. Raises InputError unless
-    0 < low <= high, or for log2 of an alpha of at most 1.
+    A layer whose alpha is nan takes no part and gets 1; so do all when their alphas are equal. Raises InputError for an
+    unknown map, unless 0 < low <= high, for settings that are not finite, sqrt of an alpha that is not positive, and
+    log2 of one of at most 1.
 
     Sources: Zhou et al., "Temperature Balancing", NeurIPS 2023, eq. 2 (linear) and its ablation (sqrt, log2, step); Liu
     et al., "Model Balancing", EMNLP 2024 (sigmoid; strength 0.125 for operator learning, 0.25 for language).
@@ -37,8 +39,12 @@ def rate_factors(
     >>> rate_factors([2.0, 3.0, 4.0], low=0.5, high=1.5).tolist()
     [0.5, 1.0, 1.5]
     """
-    if not 0 < low <= high:
-        raise InputError(f"rate factors need 0 < low <= high, got {low} and {high}")
+    if rule not in get_args(Map):
+        raise InputError(f"map {rule!r} is unknown; allowed: {', '.join(get_args(Map))}")
+    if not 0 < low <= high < math.inf:
+        raise InputError(f"rate factors need 0 < low <= high, both finite, got {low} and {high}")
+    if not all(map(math.isfinite, (*strength, sharpness))):
+        raise InputError(f"strength and sharpness of the sigmoid must be finite, got {strength} and {sharpness}")
     values = torch.tensor([float(alpha) for alpha in alphas], dtype=torch.float64)
     known = torch.isfinite(values)
     factors = torch.ones_like(values)
@@ -59,9 +65,8 @@ def _mapped(
         deviation = alphas - alphas.mean()
         size = torch.where(deviation < 0, *torch.tensor(strength, dtype=torch.float64))
         return 10 ** (size * (torch.sigmoid(sharpness * deviation) - 0.5))
-    if rule == "log2" and not (alphas > 1).all():
-        raise InputError(f"the log2 map needs every alpha above 1, got {float(alphas.min())}")
-    if rule not in ("sqrt", "log2"):
-        raise InputError(f"map {rule!r} is unknown; allowed: linear, sqrt, log2, step, sigmoid")
+    least = 0 if rule == "sqrt" else 1
+    if not (alphas > least).all():
+        raise InputError(f"the {rule} map needs every alpha above {least}, got {float(alphas.min())}")
     heights = alphas.sqrt() if rule == "sqrt" else alphas.log2()
     return heights / heights.mean()

@@ -5,6 +5,7 @@ shape of the layer no longer decides the shape of its spectrum. Source: Hu, Goel
 and the published LLM_Pruning code (linear layers) and Image_Classification code (convolutions).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,10 +35,13 @@ class Grid:
         """How many windows there are."""
         return self.row_count * self.column_count
 
-    def overlaps(self) -> Tensor:
-        """The share of each window that lies in each other one, float64 (count, count), windows row by row."""
+    def overlaps(self) -> tuple[Tensor, Tensor]:
+        """How far places share their rows, float64 (row_count, row_count), and their columns.
+
+        The share of window (a, b) that lies in window (c, d) is rows[a, c] columns[b, d].
+        """
         rows = _triangle(self.row_count, self.row_step, self.rows)
-        return torch.kron(rows, _triangle(self.column_count, self.column_step, self.columns))
+        return rows, _triangle(self.column_count, self.column_step, self.columns)
 
 
 def window_grid(
@@ -45,24 +49,31 @@ def window_grid(
 ) -> Grid:
     """The grid of windows of at most `window` rows on a matrix of that shape.
 
-    n' = min(window, rows, columns), and m' = int(n' ratio); where that is wider than the matrix (ratio > 1), n' shrinks
-    until it fits, so that the ratio is kept. With `ops` windows per dimension the stride down the rows is
+    n' = min(window, rows, columns), and m' = int(n' ratio); where that is wider than the matrix (ratio > 1), n' is the
+    largest whose m' fits, so that the ratio is kept. With `ops` windows per dimension the stride down the rows is
     max(1, (rows - n') // (ops - 1)), and the number of places min(ops, (rows - n') // stride + 1), across the columns
     likewise; the floor may leave up to ops - 2 rows at the far edge unseen. With `step` the stride is that, and the
     number of places (rows - n') // step + 1.
 
-    Raises InputError for window < 1, ratio <= 0, ops < 2, step < 1, and a ratio so extreme that no window fits.
+    Raises InputError for a shape that is not (rows, columns), window < 1, a ratio that is not positive and finite,
+    ops < 2, step < 1, and a ratio so extreme that no window fits.
 
     >>> window_grid((512, 64), window=64, ops=6)
     Grid(rows=64, columns=64, row_step=89, column_step=1, row_count=6, column_count=1)
     """
-    if window < 1 or not ratio > 0 or ops < 2 or (step is not None and step < 1):
+    if len(shape) != 2:
+        raise InputError(f"windows are of a matrix (rows, columns), got the shape {tuple(shape)}")
+    if window < 1 or not 0 < ratio < math.inf or ops < 2 or (step is not None and step < 1):
         raise InputError(
-            f"windows need window >= 1, ratio > 0, ops >= 2 and step >= 1, "
+            f"windows need window >= 1, finite ratio > 0, ops >= 2 and step >= 1, "
             f"got window={window}, ratio={ratio}, ops={ops}, step={step}"
         )
     rows, columns = shape
-    high = min(window, rows, columns, int(columns / ratio))
+    high = min(window, rows, columns)
+    if int(high * ratio) > columns:
+        high = int((columns + 1) / ratio) + 1
+        while int(high * ratio) > columns:
+            high -= 1
     wide = int(high * ratio)
     if high < 1 or wide < 1:
         raise InputError(f"no window of ratio {ratio:g} and at most {window} rows fits a matrix of {rows} x {columns}")
@@ -98,10 +109,10 @@ def block_spectra(weight: Tensor, ratio: float = 1.0) -> Tensor:
 
     Each slice is made tall (R x C, R >= C) and cut into R // C blocks down its rows, the rest ignored: C x int(C ratio)
     for ratio <= 1, and int(C / ratio) x C for a larger one. Squared singular values are times 1/2, as published. Raises
-    InputError for ratio <= 0, or one so extreme that no block is left.
+    InputError for a ratio that is not positive and finite, or one so extreme that no block is left.
     """
-    if not ratio > 0:
-        raise InputError(f"the ratio of windows must be positive, got {ratio}")
+    if not 0 < ratio < math.inf:
+        raise InputError(f"the ratio of windows must be positive and finite, got {ratio}")
     slices = kernel_slices(weight)
     if slices.shape[1] < slices.shape[2]:
         slices = slices.mT

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -98,8 +99,9 @@ def sample(
     and one per step; the loop ends when all rows have ended, but with `fixed_length` after exactly
     1 + `max_new_tokens` calls, as sharded engines need, whose every call is a collective of all workers.
 
-    Raises InputError for an empty prompt, a token outside the vocabulary, a prompt that with `max_new_tokens`
-    exceeds the model's positions, a setting out of range, and a model in training mode.
+    Raises InputError for an empty prompt, tokens that are not whole numbers of the vocabulary, a seed that is no whole
+    number, a prompt that with `max_new_tokens` exceeds the model's positions, a setting out of range, and a model in
+    training mode.
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -110,8 +112,9 @@ def sample(
         >>> tuple(decoded.sampled.embeddings.shape), tuple(decoded.greedy.tokens.shape)
         ((2, 10, 32), (2, 8))
     """
+    prompts = [_whole_numbers(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     _check(lm, prompts, samples, temperature, top_k, top_p, max_new_tokens, form)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    seeds = _whole_numbers([seed] * len(prompts) if _is_whole(seed) else seed, "seed")
     if len(seeds) != len(prompts):
         raise InputError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one number, or one per prompt")
     block = transformer_blocks(lm)[block_number(lm, layer) - 1]
@@ -291,6 +294,20 @@ def _noise(seed: int, prompt: Sequence[int], samples: int, steps: int) -> Tensor
     digest = hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(steps, samples, generator=generator, dtype=torch.float64)
+
+
+def _whole_numbers(numbers: Sequence[int], name: str) -> list[int]:
+    """Plain numbers, whatever holds them, so that equal prompts are equal."""
+    found = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    if not isinstance(found, Sequence) or not all(map(_is_whole, found)):
+        raise InputError(f"{name}: {str(numbers)[:60]!r} are not whole numbers")
+    return [int(number) for number in found]
+
+
+def _is_whole(number: Any) -> bool:
+    if isinstance(number, Tensor):
+        return number.ndim == 0 and not (number.is_floating_point() or number.is_complex())
+    return isinstance(number, Integral)
 
 
 def _check(

@@ -8,7 +8,7 @@ Mask and record are buffers, alike on all workers, so that every engine's checkp
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from library.send.decode import block_number, transformer_blocks
 from library.send.sensitivity import (
     Record,
     Selection,
+    checked_coordinates,
     mean_sensitivity,
     normalised,
     partial_sums,
@@ -66,10 +67,10 @@ class SensitivityDropout(nn.Module):
         self._embed_form: Form | None = None
         self._hidden: Tensor | None = None
         width = lm.config.hidden_size
-        self.register_buffer("mask", torch.ones(width))
+        self.register_buffer("mask", torch.ones(width, dtype=torch.float32))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         for name in ("previous", "change", "mean", "m2"):
-            self.register_buffer(name, torch.zeros(tracking_texts, width))
+            self.register_buffer(name, torch.zeros(tracking_texts, width, dtype=torch.float32))
         transformer_blocks(lm)[self.block - 1].register_forward_hook(self._on_block)
 
     def forward(
@@ -79,11 +80,13 @@ class SensitivityDropout(nn.Module):
 
         `embed` is "slt" (second-to-last token), "last" or "pooled" (mean), by the true length in `attention_mask`
         (all tokens when None), of the masked output of the block. With further `options` of the language model, such
-        as its cache, its whole output is returned. Raises InputError for a row of fewer tokens than the form needs.
+        as its cache, its whole output is returned. Raises InputError for an unknown form, an attention mask of another
+        shape than the tokens, and a row of fewer tokens than the form needs.
         """
         if embed is None:
             output = self.lm(input_ids=input_ids, attention_mask=attention_mask, **({"use_cache": False} | options))
             return output if options else output.logits
+        _check_form(embed, attention_mask, input_ids.shape)
         self._embed_form = embed
         try:
             self.lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
@@ -107,7 +110,11 @@ class SensitivityDropout(nn.Module):
 
     @torch.no_grad()
     def drop(self, index: Tensor) -> None:
-        """Drop exactly the coordinates `index`, on every worker. Raises PrismError when workers would differ."""
+        """Drop exactly the coordinates `index`, whole numbers (k,), on every worker.
+
+        Raises InputError for one outside 0..d - 1, and PrismError when workers would differ.
+        """
+        index = checked_coordinates(index, len(self.mask))
         self.mask.fill_(1.0)
         self.mask[index.to(self.mask.device)] = 0.0
         hashes = collective.all_gather(sha256(self.mask.cpu().numpy().tobytes()).hexdigest())
@@ -161,8 +168,10 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, form: Form) -> Tensor:
     """One float32 vector (batch, d) per row of `hidden` (batch, tokens, d), by each row's true length.
 
     `attention_mask` (batch, tokens) is 1 on the tokens of a row, which must be contiguous; padding may stand on
-    either side. Raises InputError for rows of no token, or of one when `form` is "slt".
+    either side. Raises InputError for an unknown form, a mask of another shape, and rows of no token, or of one when
+    `form` is "slt".
     """
+    _check_form(form, attention_mask, hidden.shape[:2])
     if attention_mask is None:
         attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     lengths = attention_mask.sum(1)
@@ -175,6 +184,13 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, form: Form) -> Tensor:
     steps = torch.arange(hidden.shape[1], device=hidden.device)
     position = (attention_mask * steps).argmax(1) - (needed - 1)
     return hidden[torch.arange(len(hidden), device=hidden.device), position].float()
+
+
+def _check_form(form: str, attention_mask: Tensor | None, shape: torch.Size) -> None:
+    if form not in get_args(Form):
+        raise InputError(f"unknown form of embedding {form!r}; allowed: {', '.join(get_args(Form))}")
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise InputError(f"an attention mask of {tuple(attention_mask.shape)} does not fit tokens of {tuple(shape)}")
 
 
 @torch.no_grad()
@@ -211,9 +227,11 @@ def drop_weights(first: nn.Linear, second: nn.Linear, index: Tensor) -> None:
 
     Parity with the first published scripts of SeND. The rows live in the MLP's hidden space and the columns too,
     the second bias in the residual stream: coordinate i is not the same thing in each, and the optimiser grows them
-    again. The mask is what the paper describes.
+    again. The mask is what the paper describes. Raises InputError for a coordinate that one of the maps lacks.
     """
+    index = checked_coordinates(index, min(first.out_features, *second.weight.shape)).to(first.weight.device)
     first.weight[index] = 0.0
-    first.bias[index] = 0.0
     second.weight[:, index] = 0.0
-    second.bias[index] = 0.0
+    for bias in (first.bias, second.bias):
+        if bias is not None:
+            bias[index] = 0.0

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ MOMENTS = 20
 """Degree of the paper's truncated series, in its figures and training runs."""
 PROBES = 20
 """Random vectors per estimate, in the paper's figures and training runs."""
+RESIDUAL = 1e-12
+"""Largest relative error of sigma_max^2 that Lanczos stops at."""
 TRUNCATION = 1e-4
 """Largest error of the truncated series of log(x + alpha) on [0, 1] that the default degree leaves."""
 
@@ -96,8 +99,8 @@ def ees(
     (M + 1) / 2 Lanczos steps. `probes` is how many Rademacher vectors to draw from `seed`, the same for every prompt
     so that no score depends on its batch, or the probes themselves, (K, N_z) with identity covariance.
 
-    Raises InputError for K < 2, d < 2, non-finite embeddings (naming the prompt), alpha <= 0, fewer than one moment
-    or probe, probes of the wrong length, or an unknown or unsuitable kind or method.
+    Raises InputError for K < 2, d < 2, non-finite embeddings (naming the prompt), alpha <= 0, moments or probes that
+    are no whole number from 1, probes of the wrong shape, or an unknown or unsuitable kind or method.
 
     >>> ees(torch.eye(4, 8), kind="regularised", alpha=1.0).method
     'exact'
@@ -106,11 +109,11 @@ def ees(
         raise InputError(f"unknown kind of EES {kind!r}; allowed: 'paper', 'regularised'")
     check_alpha(alpha)
     degree = (MOMENTS if kind == "paper" else regularised_degree(alpha)) if moments is None else moments
-    count = probes if isinstance(probes, int) else probes.shape[-1]
-    if degree < 1 or count < 1:
-        raise InputError(f"EES needs at least one moment and one probe, got {degree} moments and {count} probes")
     rows = _standardised(checked_answers(embeddings))
     answers, features = rows.shape[-2:]
+    count = _probe_count(probes, answers)
+    if not isinstance(degree, Integral) or degree < 1 or count < 1:
+        raise InputError(f"EES needs at least one moment and one probe, got {degree} moments and {count} probes")
     if method == "auto":
         method = choose_method(answers, features, kind=kind, moments=degree, probes=count).method
     if method not in ("exact", "kpm", "slq") or (method == "slq" and kind == "paper"):
@@ -138,8 +141,9 @@ def paper_coefficients(degree: int) -> Tensor:
 
     c_m = int_0^1 log(x) T_m(x) 2 / ((1 + [m = 0]) pi sqrt(1 - x^2)) dx. In closed form c_0 = -(log 2) / 2;
     c_{2k} = (-1)^(k+1) / (2k); for odd m, c_m = (-1)^((m-1)/2) 2 j_m / (pi m) with
-    j_m = log 2 + 1/m - 2 (1 + 1/3 + ... + 1/m).
+    j_m = log 2 + 1/m - 2 (1 + 1/3 + ... + 1/m). Raises InputError for a negative degree.
     """
+    _check_degree(degree)
     m = torch.arange(degree + 1, dtype=torch.float64)
     sign = 1 - 2 * (torch.arange(degree + 1) // 2 % 2).double()
     inverse = 1 / m.clamp(min=1)
@@ -154,9 +158,10 @@ def regularised_coefficients(degree: int, alpha: float) -> Tensor:
     """Chebyshev coefficients of log(x + alpha) in t = 2x - 1, x in [0, 1]: float64, (degree + 1,).
 
     c_0 = -log(4 r) and c_m = -2 (-r)^m / m, with r = 1 / (sqrt(1 + alpha) + sqrt(alpha))^2. The series cut after
-    degree M errs most at x = 0, by 2 sum_{m > M} r^m / m. Raises InputError for alpha <= 0.
+    degree M errs most at x = 0, by 2 sum_{m > M} r^m / m. Raises InputError for alpha <= 0 or a negative degree.
     """
     check_alpha(alpha)
+    _check_degree(degree)
     log_ratio = _log_ratio(alpha)
     m = torch.arange(degree + 1, dtype=torch.float64)
     coefficients = -2 * (1 - 2 * (m % 2)) * torch.exp(m * log_ratio) / m.clamp(min=1)
@@ -231,18 +236,33 @@ def _gram(rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _largest_singular_value(rows: Tensor) -> Tensor:
-    """sigma_max of each prompt as (..., 1, 1), from Lanczos with a fixed random start; 1 where the matrix is 0."""
+    """sigma_max of each prompt as (..., 1, 1), from Lanczos with a fixed random start; 1 where the matrix is 0.
+
+    The bound of sigma_max^2 is off by its residual, and the moments by that times their degree.
+    """
     start = random_probes(rows.shape[-2], 1, generator=torch.Generator().manual_seed(0), kind="gaussian")
     start = start.to(rows).expand(*rows.shape[:-1], 1)
-    high = spectral_bounds(_gram(rows), start, upper_only=True)[1]
+    high = spectral_bounds(_gram(rows), start, tolerance=RESIDUAL, upper_only=True)[1]
     return torch.where(high > 0, high, 1.0).sqrt()[..., None, None]
 
 
+def _check_degree(degree: int) -> None:
+    if degree < 0:
+        raise InputError(f"degree of a series must be at least 0, got {degree}")
+
+
+def _probe_count(probes: int | Tensor, answers: int) -> int:
+    if isinstance(probes, Integral):
+        return int(probes)
+    shape = tuple(probes.shape) if isinstance(probes, Tensor) else repr(probes)
+    if not isinstance(probes, Tensor) or probes.ndim != 2 or len(probes) != answers:
+        raise InputError(f"probes must be a number or have shape (K, N_z) with K = {answers}, got {shape}")
+    return probes.shape[1]
+
+
 def _probes(probes: int | Tensor, answers: int, seed: int, rows: Tensor) -> Tensor:
-    if isinstance(probes, int):
-        probes = random_probes(answers, probes, generator=torch.Generator().manual_seed(seed))
-    elif probes.ndim != 2 or probes.shape[0] != answers:
-        raise InputError(f"probes must have shape (K, N_z) with K = {answers}, got {tuple(probes.shape)}")
+    if not isinstance(probes, Tensor):
+        probes = random_probes(answers, int(probes), generator=torch.Generator().manual_seed(seed))
     by_column = probes.to(rows).mT.contiguous()
     return by_column.expand(*rows.shape[:-2], *by_column.shape).mT
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
+from library.send.sensitivity import checked_coordinates
 
 Convention = Literal["inside", "inside-code", "svd"]
 """Published forms of the score, whose numbers differ.
@@ -39,7 +40,8 @@ def eigenscore(embeddings: Tensor, *, convention: Convention = "inside", alpha: 
     whose pivots lose more than about eight digits, because embeddings are large and nearly dependent, go through
     singular values instead.
 
-    Raises InputError for K < 2, d < 2, alpha <= 0, an unknown convention, or non-finite embeddings, naming the prompt.
+    Raises InputError for K < 2, d < 2, alpha <= 0, an unknown convention, embeddings that are not a real tensor or
+    whose squares overflow float64, or non-finite ones, naming the prompt.
 
     >>> z = torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])  # orthogonal, of squared norm 2
     >>> eigenscore(z, alpha=1.0)  # log(2 + 1)
@@ -56,7 +58,8 @@ def eigenscore(embeddings: Tensor, *, convention: Convention = "inside", alpha: 
     imprecise = (failed != 0) | ~(cancellation < PIVOT_PRECISION)
     if bool(imprecise.any()):
         total = total.masked_scatter(imprecise, (_squared_singular_values(centred[imprecise]) + alpha).log().sum(-1))
-    return (total + _null_directions(convention, answers, features) * math.log(alpha)) / (answers * _unit(convention))
+    total = total + _null_directions(convention, answers, features) * math.log(alpha)
+    return _finite(total / (answers * _unit(convention)))
 
 
 def eigenvalues(embeddings: Tensor, *, convention: Convention = "inside", alpha: float = ALPHA) -> Tensor:
@@ -66,44 +69,52 @@ def eigenvalues(embeddings: Tensor, *, convention: Convention = "inside", alpha:
     """
     centred = _centred(embeddings, convention, alpha)
     missing = _null_directions(convention, *centred.shape[-2:])
-    return torch.nn.functional.pad(_squared_singular_values(centred), (0, missing)) + alpha
+    return _finite(torch.nn.functional.pad(_squared_singular_values(centred), (0, missing)) + alpha)
 
 
 def leave_one_out(embeddings: Tensor, *, convention: Convention = "inside", alpha: float = ALPHA) -> Tensor:
     """The score after setting one feature to zero in all answers, for each of the d features: float64 (..., d).
 
-    Let z be the feature's values on the K answers, s the sum of z over features, and e = 1/d. Zeroing the feature
-    changes S = Z J Z^T + alpha I by -(1 + e) z z^T + e (s z^T + z s^T), so by the determinant lemma
-    det S' / det S = (1 + e b)^2 - a (1 + e + e^2 c), with a = z^T S^-1 z, b = z^T S^-1 s, c = s^T S^-1 s.
-    In the "svd" convention the change is -z z^T of the centred z, and the factor 1 - a. O(d K^2) for all features.
-    Features that carry nearly the whole determinant (there are at most about K) are scored anew, since their factor
-    is lost to cancellation.
+    Let z be the feature's values on the K answers, y those of the centred C = Z J, and w = J e_i, so that y = C w.
+    Zeroing the feature changes C by -z w^T, so by the determinant lemma, with S = C C^T + alpha I,
+    det S' / det S = (1 - q)^2 + r t, with q = y^T S^-1 z, r = z^T S^-1 z, t = |w|^2 - y^T S^-1 y.
+    In the "svd" convention the change is -y y^T, and the factor 1 - y^T S^-1 y. For K >= d, where z leaves the range
+    of C and r is as large as |z|^2 / alpha, t = alpha w^T (C^T C + alpha I)^-1 w is taken from the singular vectors.
+    O(d K max(K, d)) for all features. Features that carry nearly the whole determinant (there are at most about K) are
+    scored anew, since their factor is lost to cancellation.
 
     Raises what `eigenscore` raises.
     """
     centred = _centred(embeddings, convention, alpha)
     answers, features = centred.shape[-2:]
-    u, singular, _ = torch.linalg.svd(_square_factor(centred), full_matrices=answers > features)
+    u, singular, vt = torch.linalg.svd(_square_factor(centred), full_matrices=answers > features)
     spectrum = torch.nn.functional.pad(singular**2, (0, answers - singular.shape[-1])) + alpha
     whiten = (u * spectrum.rsqrt().unsqueeze(-2)).mT
+    kept = 1 - (whiten @ centred).square().sum(-2)
+    lost = RATIO_PRECISION
     if convention == "svd":
-        ratio = 1 - (whiten @ centred).square().sum(-2)
+        ratio = kept
     else:
-        values = embeddings.double() / _divisor(convention, answers, features) ** 0.5
-        z, s = whiten @ values, whiten @ values.sum(-1, keepdim=True)
-        a, b, c = z.square().sum(-2), (z * s).sum(-2), s.square().sum(-2)
-        e = 1 / features
-        ratio = (1 + e * b) ** 2 - a * (1 + e + e * e * c)
+        z = whiten @ (embeddings.double() / _divisor(convention, answers, features) ** 0.5)
+        r = z.square().sum(-2)
+        if answers < features:
+            q, t = ((whiten @ centred) * z).sum(-2), kept - 1 / features
+            lost = RATIO_PRECISION * r.clamp(min=1)
+        else:
+            w = (vt - vt.mean(-1, keepdim=True)) * spectrum[..., :features, None].rsqrt()
+            q = (w * singular[..., None] * z[..., :features, :]).sum(-2)
+            t = alpha * w.square().sum(-2)
+        ratio = (1 - q) ** 2 + r * t
     counted = spectrum.shape[-1] if convention != "svd" else min(answers, features)
     total = spectrum[..., :counted].log().sum(-1, keepdim=True) + ratio.clamp(min=RATIO_PRECISION).log()
     scores = total / (answers * _unit(convention))
-    cancelled = (ratio < RATIO_PRECISION).nonzero(as_tuple=True)
+    cancelled = (ratio < lost).nonzero(as_tuple=True)
     if len(cancelled[-1]):
         zeroed = embeddings[cancelled[:-1]]
         zeroed = zeroed.expand(len(cancelled[-1]), answers, features)
         zeroed = zeroed.masked_fill(torch.nn.functional.one_hot(cancelled[-1], features).bool().unsqueeze(-2), 0)
         scores[cancelled] = eigenscore(zeroed, convention=convention, alpha=alpha)
-    return scores
+    return _finite(scores)
 
 
 def eigenscore_after_drop(
@@ -111,17 +122,19 @@ def eigenscore_after_drop(
 ) -> Tensor:
     """The score after setting a set of features to zero in all answers: float64 of the leading shape.
 
-    `dropped` holds feature numbers, int64 (k,). The feature count d of the formulas stays the same. Raises what
+    `dropped` holds feature numbers, whole numbers (k,). The feature count d of the formulas stays the same. Raises what
     `eigenscore` raises, and InputError for a feature number outside 0..d - 1.
     """
-    features = embeddings.shape[-1]
-    if dropped.numel() and not bool(((dropped >= 0) & (dropped < features)).all()):
-        raise InputError(f"dropped features must be numbers from 0 to {features - 1}, got {dropped.tolist()[:8]}")
-    return eigenscore(embeddings.index_fill(-1, dropped, 0), convention=convention, alpha=alpha)
+    values = checked_answers(embeddings)
+    index = checked_coordinates(dropped, values.shape[-1]).to(values.device)
+    return eigenscore(values.index_fill(-1, index, 0), convention=convention, alpha=alpha)
 
 
 def checked_answers(embeddings: Tensor) -> Tensor:
     """Embeddings (..., K, d) in float64, K and d at least 2 and all finite; InputError otherwise, naming the prompt."""
+    if not isinstance(embeddings, Tensor) or embeddings.is_complex():
+        got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise InputError(f"embeddings must be a tensor of real numbers, got {got}")
     if embeddings.ndim < 2:
         raise InputError(f"answers of a prompt must have shape (..., K, d), got {tuple(embeddings.shape)}")
     answers, features = embeddings.shape[-2:]
@@ -154,6 +167,12 @@ def _centred(embeddings: Tensor, convention: Convention, alpha: float) -> Tensor
     centred = values - values.mean(-2 if convention == "svd" else -1, keepdim=True)
     divisor = _divisor(convention, *values.shape[-2:])
     return centred if divisor == 1 else centred.div_(divisor**0.5)
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("the embeddings are so large that their squares overflow float64; divide them by a constant")
+    return values
 
 
 def _divisor(convention: Convention, answers: int, features: int) -> int:

@@ -7,7 +7,7 @@ sensitivity their product. A product is cubic in the coordinate's scale, so one 
 Source: "Hallucination Detox: Sensitivity Dropout", 2024, and its published analysis.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -151,9 +151,14 @@ def scale_over_texts(sums: Tensor) -> Tensor:
 def normalised(sensitivity: Tensor, scale: Tensor, selection: Selection = "product") -> Tensor:
     """The sensitivity (d,) of coordinates divided by their `scale` (d,): S / scale^3, C / scale or V / scale^2.
 
-    Coordinates that are the same for every text (scale 0), such as dropped ones, get 0.
+    Coordinates that are the same for every text (scale 0), such as dropped ones, get 0. Raises InputError for shapes
+    that differ, and an unknown selection.
     """
     _check_selection(selection)
+    if sensitivity.shape != scale.shape:
+        raise InputError(
+            f"sensitivities of shape {tuple(sensitivity.shape)} do not fit scales of shape {tuple(scale.shape)}"
+        )
     divisor = torch.where(scale > 0, scale, 1.0) ** SCALE_POWER[selection]
     return torch.where(scale > 0, sensitivity / divisor, 0.0)
 
@@ -174,14 +179,14 @@ def sensitivity(embeddings: Tensor, selection: Selection = "product", *, normali
 
 
 def drop_count(fraction: float, features: int) -> int:
-    """How many of `features` coordinates a fraction is, rounded down: k = floor(fraction * d).
+    """How many of `features` coordinates a fraction is: k = int(fraction * d), a product in float64, as published.
 
-    A product that falls short of a whole number by rounding alone counts as that number. Raises InputError for a
-    fraction outside (0, 1) or one so small that k = 0.
+    So a product that rounding leaves just below a whole number counts one less: 0.29 of 100 is 28. Raises InputError
+    for a fraction outside (0, 1) or one so small that k = 0.
     """
     if not 0 < fraction < 1:
         raise InputError(f"drop fraction must lie strictly between 0 and 1, got {fraction}")
-    count = math.floor(fraction * features * (1 + 4 * torch.finfo(torch.float64).eps))
+    count = int(fraction * features)
     if not 0 < count < features:
         raise InputError(
             f"drop fraction {fraction} of {features} coordinates is {count}; it must be 1 to {features - 1}"
@@ -192,8 +197,10 @@ def drop_count(fraction: float, features: int) -> int:
 def top_indices(scores: Tensor, count: int) -> Tensor:
     """The `count` coordinates with the largest scores (d,), by falling score, the smaller index first among equals.
 
-    int64 (count,). Raises InputError for a score that is NaN or a count outside 1..d - 1.
+    int64 (count,). Raises InputError for scores of another shape, one that is NaN, or a count outside 1..d - 1.
     """
+    if scores.ndim != 1:
+        raise InputError(f"scores of coordinates must have shape (d,), got {tuple(scores.shape)}")
     _check_count(count, len(scores))
     if bool(scores.isnan().any()):
         raise InputError(f"sensitivity of coordinate {int(scores.isnan().nonzero()[0])} is NaN")
@@ -207,6 +214,20 @@ def random_indices(features: int, count: int, *, generator: torch.Generator) -> 
     """
     _check_count(count, features)
     return torch.randperm(features, generator=generator, device=generator.device)[:count].sort().values
+
+
+def checked_coordinates(index: Tensor | Sequence[int], features: int) -> Tensor:
+    """The coordinates `index` as int64 (k,). InputError unless they are whole numbers from 0 to `features` - 1."""
+    found = torch.as_tensor(index)
+    if found.ndim == 1 and not len(found):
+        return found.to(torch.int64)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.ndim != 1 or not whole or not bool(((found >= 0) & (found < features)).all()):
+        raise InputError(
+            f"coordinates to drop must be whole numbers from 0 to {features - 1} in a row, "
+            f"got {found.dtype} {found.flatten().tolist()[:8]} of shape {tuple(found.shape)}"
+        )
+    return found.to(torch.int64)
 
 
 def _check_selection(selection: str) -> None:

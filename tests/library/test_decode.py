@@ -1,5 +1,6 @@
 """Decoding: against transformers' own generation and warpers, against re-encoding, and the invariances it promises."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,6 +163,14 @@ def test_seeds(neox):
     assert len({tuple(row) for row in short[0].tolist()}) == 4, "the samples of one prompt draw different noise"
 
 
+def test_whatever_holds_the_prompt_and_the_seed_the_answers_are_the_same(neox):
+    settings = {"samples": 4, "temperature": 1.0, "top_k": None, "stop_token": None, "max_new_tokens": 6}
+    expected = decode.sample(neox, [[1, 2, 3]], seed=3, **settings).sampled.tokens
+    arrays = torch.tensor([1, 2, 3]), np.array([1, 2, 3]), list(torch.tensor([1, 2, 3]))
+    for prompt, seed in zip(arrays, (np.int64(3), [np.int64(3)], torch.tensor([3])), strict=True):
+        assert torch.equal(decode.sample(neox, [prompt], seed=seed, **settings).sampled.tokens, expected)
+
+
 def test_fixed_length_makes_the_same_calls_whatever_the_answers(neox):
     calls = []
 
@@ -256,6 +265,9 @@ def test_sampling_inverts_the_distribution_function():
         ({"prompts": [[1], []]}, r"prompts\[1\]: empty"),
         ({"prompts": [[1, VOCABULARY]]}, r"prompts\[0\]: a token is outside"),
         ({"prompts": [[1] * 45]}, r"prompts\[0\]: too long, 45 tokens and max_new_tokens=4 exceed the model's 48"),
+        ({"prompts": [[1.5, 2]]}, r"prompts\[0\]: .* not whole numbers"),
+        ({"prompts": ["ab"]}, r"prompts\[0\]: 'ab' are not whole numbers"),
+        ({"seed": 1.5}, "seed: '1.5' are not whole numbers"),
         ({"samples": 0}, "samples: 0"),
         ({"temperature": 0.0}, "temperature: 0.0"),
         ({"temperature": float("nan")}, "temperature: nan"),

@@ -113,6 +113,34 @@ def test_texts_too_short_for_their_form_are_refused():
         pool(hidden, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]), "last")
 
 
+def test_unknown_forms_and_masks_of_another_shape_are_refused():
+    wrapped = model()
+    with pytest.raises(InputError, match="unknown form of embedding 'median'; allowed: slt, last, pooled"):
+        wrapped(tokens(), embed="median")
+    with pytest.raises(InputError, match=r"mask of \(3, 4\) does not fit tokens of \(3, 12\)"):
+        wrapped(tokens(), torch.ones(3, 4, dtype=torch.int64), embed="last")
+
+
+def test_only_coordinates_that_are_there_are_dropped():
+    wrapped = model()
+    wrapped.drop([5])
+    for index in (torch.tensor([-1]), torch.tensor([128]), torch.tensor([1.0])):
+        with pytest.raises(InputError, match="whole numbers from 0 to 127"):
+            wrapped.drop(index)
+    assert wrapped.dropped.tolist() == [5]
+
+
+def test_mask_and_record_are_float32_whatever_the_default():
+    lm = model().lm
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        wrapped = SensitivityDropout(lm, tracking_texts=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {wrapped.mask.dtype, wrapped.m2.dtype} == {torch.float32}
+    wrapped.record(torch.ones(2, 128))
+
+
 def test_the_recorded_window_is_the_sensitivity_of_its_embeddings():
     wrapped = model(tracking_texts=5)
     window = torch.randn(4, 5, 128, generator=torch.Generator().manual_seed(0))
@@ -205,6 +233,15 @@ def test_drop_weights_golden():
         assert torch.equal(linear.bias, golden[f"after_{name}_bias"])
     output = second(nn.functional.gelu(first(golden["x"])))
     assert torch.allclose(output, golden["mlp_out_after_gelu"], rtol=1e-10, atol=1e-12)
+
+
+def test_weights_of_maps_without_bias_are_dropped_and_others_refused():
+    first, second = nn.Linear(4, 16, bias=False), nn.Linear(16, 4, bias=False)
+    drop_weights(first, second, torch.tensor([1]))
+    assert not first.weight[1].any()
+    assert not second.weight[:, 1].any()
+    with pytest.raises(InputError, match="from 0 to 3"):
+        drop_weights(first, second, torch.tensor([7]))
 
 
 def test_decoding_options_return_the_whole_output():

@@ -45,6 +45,22 @@ def test_golden_values():
     close(ees(z, method="kpm", probes=golden("probes")).value, golden("ees_kpm_given_probes"))
 
 
+@pytest.mark.parametrize(("shape", "moments"), [((100, 300), 10), ((100, 300), 100), ((200, 300), 20)])
+def test_given_probes_see_the_definition_of_many_answers(shape, moments):
+    z, probes = answers(*shape), answers(shape[0], 20, seed=1)
+    x = (z - z.mean(0)) / z.std(0, correction=0)
+    x = x / torch.linalg.matrix_norm(x, 2)
+    expected = chebyshev_moments(x @ x.mT, probes, moments).mean(0) @ paper_coefficients(moments)
+    close(ees(z, method="kpm", moments=moments, probes=probes).value, expected)
+
+
+def test_no_score_depends_on_its_batch():
+    """Lanczos converges later for the first prompt, which no direction stands out of, than for the second."""
+    z = answers(2, 128, 300)
+    z[1] += 0.4 * answers(128, 1, seed=1) * answers(300, seed=2)
+    close(ees(z, method="kpm").value, torch.stack([ees(one, method="kpm").value for one in z]), 1e-11)
+
+
 def test_published_code_integrates_another_function():
     """Its coefficients are those of cos(m x), and its sum leaves out m = 0; with our moments that gives its number."""
     published = [
@@ -163,6 +179,7 @@ def test_seed_decides_the_probes():
     one, again, other = (ees(z, method="kpm", seed=s).value for s in (1, 1, 2))
     assert torch.equal(one, again)
     assert one != other
+    assert torch.equal(ees(z, method="kpm", seed=1, probes=np.int64(20)).value, one)
 
 
 def test_the_rule():
@@ -192,6 +209,11 @@ def test_the_rule():
             lambda: ees(answers(4, 5), method="kpm", probes=random_probes(5, 2, generator=torch.Generator())),
             "K = 4",
         ),
+        (lambda: ees(answers(4, 5), method="exact", probes=torch.zeros(7, 3)), "K = 4"),
+        (lambda: ees(answers(4, 5), probes=5.0), "must be a number or have shape"),
+        (lambda: ees(answers(4, 5), moments=20.5), "at least one moment"),
+        (lambda: paper_coefficients(-1), "at least 0, got -1"),
+        (lambda: regularised_coefficients(-1, 1.0), "at least 0, got -1"),
         (lambda: regularised_coefficients(4, 0.0), "alpha must be"),
         (lambda: ees(torch.full((3, 4, 5), float("nan"))), "prompt 0, 1, 2 hold NaN"),
     ],

@@ -130,6 +130,19 @@ def test_leave_one_out_equals_zeroing_each_feature(convention, shape):
     close(leave_one_out(z, convention=convention), torch.stack(singles))
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 1e-5])
+@pytest.mark.parametrize(("shape", "scale"), [((10, 5), 30), ((5, 5), 100), ((40, 40), 10)])
+def test_leave_one_out_is_right_where_answers_leave_the_range_of_the_centred_ones(shape, scale, alpha):
+    z = scale * answers(*shape)
+    singles = [eigenscore_after_drop(z, [i], alpha=alpha) for i in range(shape[1])]
+    close(leave_one_out(z, alpha=alpha), torch.stack(singles), 1e-8)
+
+
+def test_leave_one_out_of_answers_that_differ_by_constants():
+    z = 5 * answers(40) + 20 * torch.arange(10).double()[:, None]
+    close(leave_one_out(z), torch.stack([eigenscore_after_drop(z, [i]) for i in range(40)]), 1e-8)
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_leave_one_out_survives_a_feature_that_dwarfs_the_others(convention):
     z = answers(2, 4, 10)
@@ -156,6 +169,13 @@ def test_sixteen_bit_embeddings_are_scored_in_float64():
         (lambda: eigenscore(answers(4, 5), convention="outside"), "allowed: inside, inside-code, svd"),
         (lambda: eigenscore_after_drop(answers(4, 5), torch.tensor([5])), "from 0 to 4"),
         (lambda: eigenscore_after_drop(answers(4, 5), torch.tensor([-1])), "from 0 to 4"),
+        (lambda: eigenscore_after_drop(answers(4, 5), torch.tensor([1.0])), "whole numbers"),
+        (lambda: eigenscore_after_drop(answers(4, 5), torch.ones(5, dtype=torch.bool)), "whole numbers"),
+        (lambda: eigenscore(answers(4, 5).numpy()), "tensor of real numbers, got ndarray"),
+        (lambda: eigenscore(answers(4, 5) + 1j), "tensor of real numbers, got torch.complex128"),
+        (lambda: eigenscore(1e155 * answers(4, 5)), "overflow float64"),
+        (lambda: eigenvalues(1e155 * answers(4, 5)), "overflow float64"),
+        (lambda: leave_one_out(1e155 * answers(4, 5)), "overflow float64"),
     ],
 )
 def test_bad_input(call, message):

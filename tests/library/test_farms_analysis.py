@@ -1,6 +1,7 @@
 """Any model, wherever its weights are, gives one row per layer; what cannot be analysed says so."""
 
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from library.farms.analysis import Settings, measure
 from library.farms.layers import find_layers
 from library.farms.windows import window_grid, window_spectra
 from library.spectral.marchenko_pastur import MarchenkoPastur
-from library.spectral.tails import fit_tail, squared_singular_values
+from library.spectral.tails import fit_tail, hill_scan, squared_singular_values
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "farms"
 
@@ -218,6 +219,56 @@ def test_a_layer_without_a_tail_says_why_and_the_others_go_on(weight, reason):
     assert np.isnan(table["alpha"][0])
     assert table["warning"][1] == ""
     assert np.isfinite(table["alpha"][1])
+
+
+def test_many_windows_need_no_matrix_of_their_overlaps(monkeypatch):
+    weight = gaussian(60, 80).double()
+    grid = window_grid((60, 80), window=20, ops=9)
+    spectrum = analysis.Spectrum(window_spectra(weight, grid)[None], grid, (20, 20))
+    fit = spectrum.fit(Settings())
+    start = min(18, 20 - round(20 * float(fit.tail[0]) / spectrum.values.numel()))
+    alphas = hill_scan(spectrum.values[0])[:, start]
+    deviations = alphas - alphas.mean()
+    expected = (deviations @ torch.kron(*grid.overlaps()) @ deviations).sqrt() / grid.count
+    monkeypatch.setattr(torch, "kron", None)
+    assert spectrum.standard_error(fit) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_layers_whose_weights_have_other_names():
+    attention = nn.MultiheadAttention(16, 2)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 9))
+    for source in (attention, attention.state_dict()):
+        found = {layer.name: layer for layer in find_layers(source)}
+        assert found.keys() == {"in_proj_weight", "out_proj"}
+        assert torch.equal(found["in_proj_weight"].load(), attention.in_proj_weight)
+    assert [layer.name for layer in find_layers(normed)] == ["0", "1"]
+    assert torch.equal(find_layers(normed)[0].load(), normed[0].weight)
+    assert len(find_layers(nn.MultiheadAttention(16, 2, kdim=8, vdim=8))) == 4
+
+
+def test_modules_are_listed_in_their_order_and_states_by_name():
+    model = nn.Sequential(OrderedDict(stem=nn.Linear(9, 9), body=nn.Linear(9, 9)))
+    assert [layer.name for layer in find_layers(model)] == ["stem", "body"]
+    assert [layer.name for layer in find_layers(model.state_dict())] == ["body", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: farms.analyze(torch.ones(9, 9)), "not a Tensor; give a single weight as"),
+        (lambda: farms.analyze(np.ones((9, 9))), "not a ndarray"),
+        (lambda: farms.analyze(None), "not a NoneType"),
+        (lambda: farms.analyze([nn.Linear(9, 9)]), "not a list"),
+        (lambda: farms.analyze({"model": {"a.weight": torch.ones(9, 9)}, "epoch": 3}), "give what is under 'model'"),
+        (lambda: farms.analyze({"a.weight": np.ones((9, 9))}), "'a.weight' is a ndarray; give torch tensors"),
+        (lambda: farms.analyze(nn.Linear(9, 9), {"window": 8}), "settings must be Settings, got dict"),
+        (lambda: farms.analyze(nn.Linear(9, 9, device="meta")), "is on the meta device"),
+        (lambda: farms.analyze(nn.Linear(9, 9), ratio=float("inf")), "ratio: Input should be a finite number"),
+    ],
+)
+def test_what_is_no_model_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):

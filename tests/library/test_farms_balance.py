@@ -1,5 +1,7 @@
 """Learning rates against published ones, and inside the plain loop over a recipe that knows nothing of them."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,6 +55,30 @@ def test_what_has_no_exponent_keeps_the_global_rate():
         rate_factors([1.0, 2.0], low=0)
     with pytest.raises(InputError, match="above 1"):
         rate_factors([1.0, 2.0], "log2")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rate_factors([2.0, 2.0], "bogus"), "map 'bogus' is unknown"),
+        (lambda: rate_factors([-1.0, 2.0, 3.0], "sqrt"), "sqrt map needs every alpha above 0, got -1"),
+        (lambda: rate_factors([1.0, 2.0], high=float("inf")), "both finite"),
+        (lambda: rate_factors([1.0, 2.0], "sigmoid", sharpness=float("nan")), "must be finite"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_factors_keep_their_precision_when_the_model_is_cast():
+    model = nn.Sequential(copy.deepcopy(seeded_model(BalancedNet())))  # inside an engine's wrapper
+    model[0].rate_factors.fill_(1.2345678)
+    model.bfloat16()
+    assert model[0].conv.weight.dtype == torch.bfloat16
+    assert model[0].rate_factors.dtype == torch.float64
+    assert float(model[0].rate_factors[0]) == 1.2345678
+    assert pickle.loads(pickle.dumps(model))[0].rate_factors.dtype == torch.float64
 
 
 class Net(nn.Module):

@@ -146,3 +146,26 @@ def test_what_cannot_be_pruned_is_refused():
         prune_causal_lm(lm, TEXTS)
     with pytest.raises(ValueError, match="4:4 prunes all"):
         Pruning(pattern=(4, 4))
+    for epsilon in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"epsilon: each must lie in \[0, 1\)"):
+            Pruning(epsilon=(0.1, epsilon))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "batch_size", "message"),
+    [
+        (tokens() + 49, 8, "outside the model's vocabulary of 50"),
+        (tokens() - 1, 8, "outside the model's vocabulary of 50"),
+        (tokens().float(), 8, "whole numbers .* got torch.float32"),
+        (tokens()[0], 8, r"of shape \(17,\)"),
+        (tokens()[:, :1], 8, r"of shape \(6, 1\)"),
+        (tokens(), 0, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_what_are_no_tokens_of_the_model_is_refused_before_it_is_touched(sequences, batch_size, message):
+    lm = model("llama")
+    with pytest.raises(InputError, match=message):
+        perplexity(lm, sequences, batch_size=batch_size)
+    with pytest.raises(InputError, match=message):
+        prune_causal_lm(lm, TEXTS._replace(validation=sequences), batch_size=batch_size)
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), model("llama").parameters(), strict=True))

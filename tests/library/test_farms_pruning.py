@@ -94,6 +94,27 @@ def test_published_statistics_and_masks(golden, statistics):
     assert torch.equal(found, golden["wanda_mask_2of4"])
 
 
+def test_ties_hold_the_budget_unless_compatible():
+    weight = (3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))).round() / 8
+    for sparsity in (0.1, 0.3, 0.5):
+        mask, count = magnitude_mask(weight, sparsity), int(2000 * sparsity)
+        assert int(mask.sum()) == count < int(magnitude_mask(weight, sparsity, compatible=True).sum())
+        assert weight[mask].abs().max() <= weight[~mask].abs().min()
+    assert magnitude_mask(torch.ones(10, 10), 0.1).flatten().nonzero().flatten().tolist() == list(range(10))
+    assert magnitude_mask(torch.ones(10, 10), 0.1, compatible=True).all()
+    assert int((sparsegpt(torch.ones(10, 10), torch.eye(10), 0.3) == 0).sum()) == 30
+
+
+def test_sixteen_bit_weights_are_compared_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    weight, scaler = torch.randn(16, 64, generator=generator).half(), 2e5 * torch.rand(64, generator=generator)
+    assert wanda_metric(weight, scaler).dtype == wanda_metric(weight.bfloat16(), scaler).dtype == torch.float32
+    assert torch.equal(wanda_mask(weight, scaler, 0.5), wanda_mask(weight.float(), scaler, 0.5))
+
+
+NAN_ROW = torch.ones(4, 4).index_fill(0, torch.tensor(1), float("nan"))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -179,8 +200,36 @@ def test_half_precision_stays(golden, statistics):
         (lambda: sparsegpt(torch.ones(2, 2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 0.5), "not positive definite"),
         (lambda: sparsegpt(torch.ones(2, 2), torch.full((2, 2), torch.nan), 0.5), "not finite"),
         (lambda: prune_weight(torch.ones(2, 2), "wanda", 0.5), "wanda needs statistics"),
+        (
+            lambda: prune_weight(torch.ones(2, 2), "bogus", 0.5, InputStatistics.empty(2, gram=True)),
+            "pruner 'bogus' is unknown; allowed: magnitude, wanda, sparsegpt",
+        ),
+        (lambda: magnitude_mask(NAN_ROW, 0.5), "4 of 16 weights of a layer are not finite"),
+        (lambda: wanda_mask(NAN_ROW, torch.ones(4), 0.5), "4 of 16 weights of a layer are not finite"),
+        (lambda: sparsegpt(NAN_ROW, torch.eye(4), 0.5), "4 of 16 weights of a layer are not finite"),
+        (lambda: sparsegpt(torch.ones(4, 4), torch.eye(4), 0.5, block=0), "block=0"),
+        (lambda: InputStatistics.empty(4, gram=False).add(torch.ones(4)), r"got \(4,\)"),
+        (lambda: InputStatistics.empty(4, gram=False).add(torch.ones(1, 3, 5)), r"got \(1, 3, 5\)"),
+        (lambda: InputStatistics.empty(4, gram=True).hessian, "no input of the layer has been seen"),
+        (lambda: InputStatistics.empty(4, gram=True).scaler, "no input of the layer has been seen"),
+        (
+            lambda: allocate([1.0, 2.0, 9.0], [1, 1, 1], 0.8, epsilon=0.9, cap=2.0),
+            r"cap of a ratio must lie in \(0, 1\]",
+        ),
+        (lambda: allocate([1.0, 2.0], [1, 1], 0.5, cap=float("nan")), "cap of a ratio"),
+        (lambda: allocate([1.0, 2.0], [1, float("inf")], 0.5), "not a finite number"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_tokens_in_a_row_are_one_sequence():
+    tokens = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    one, same = (InputStatistics.empty(4, gram=True) for _ in range(2))
+    one.add(tokens)
+    same.add(tokens[None])
+    assert one.sequences == 1
+    assert torch.equal(one.hessian, same.hessian)
+    assert torch.equal(one.scaler, same.scaler)

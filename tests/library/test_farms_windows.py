@@ -140,8 +140,23 @@ def test_overlaps_are_the_shared_areas():
         r, c = number // grid.column_count * grid.row_step, number % grid.column_count * grid.column_step
         marks[number, r : r + grid.rows, c : c + grid.columns] = 1
     flat = marks.flatten(1).double()
-    assert torch.allclose(grid.overlaps(), flat @ flat.mT / (grid.rows * grid.columns))
-    assert float(torch.linalg.eigvalsh(grid.overlaps()).min()) > -1e-12
+    overlaps = torch.kron(*grid.overlaps())
+    assert torch.allclose(overlaps, flat @ flat.mT / (grid.rows * grid.columns))
+    assert float(torch.linalg.eigvalsh(overlaps).min()) > -1e-12
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60), st.floats(0.3, 3))
+def test_a_window_is_the_largest_that_fits_with_its_ratio(rows, columns, window, ratio):
+    fitting = [n for n in range(1, min(window, rows, columns) + 1) if 1 <= int(n * ratio) <= columns]
+    if fitting:
+        assert window_grid((rows, columns), window=window, ratio=ratio).rows == fitting[-1]
+
+
+def test_windows_of_uneven_ratio_that_fit_are_kept():
+    for shape, window, ratio in (((64, 64), 43, 1.5), ((64, 16), 11, 1.5), ((100, 33), 30, 1.1)):
+        grid = window_grid(shape, window=window, ratio=ratio)
+        assert (grid.rows, grid.columns) == (window, int(window * ratio))
 
 
 def test_the_ladder_ends_at_what_was_asked():
@@ -155,6 +170,9 @@ def test_the_ladder_ends_at_what_was_asked():
     [
         (lambda: window_grid((10, 10), window=0), "window >= 1"),
         (lambda: window_grid((10, 10), window=5, ratio=0), "ratio > 0"),
+        (lambda: window_grid((10, 10), window=5, ratio=float("inf")), "finite ratio > 0"),
+        (lambda: window_grid((3, 4, 5), window=3), r"\(rows, columns\), got the shape \(3, 4, 5\)"),
+        (lambda: block_spectra(torch.ones(4, 4, 3, 3), float("inf")), "must be positive and finite"),
         (lambda: window_grid((10, 10), window=5, ops=1), "ops >= 2"),
         (lambda: window_grid((10, 10), window=5, step=0), "step >= 1"),
         (lambda: window_grid((10, 10), window=5, ratio=50), "no window of ratio 50"),

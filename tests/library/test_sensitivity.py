@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from library.errors import InputError
 from library.send import sensitivity as module
 from library.send.sensitivity import (
+    checked_coordinates,
     drop_count,
     empty_record,
     mean_sensitivity,
@@ -169,8 +170,18 @@ def test_random_indices_are_distinct_and_seeded(d, seed):
     assert 0 <= one.min() <= one.max() < d
 
 
-def test_drop_count_rounds_down_but_not_by_rounding_error():
-    assert [drop_count(f, d) for f, d in ((0.2, 64), (0.29, 100), (0.1, 30), (0.3, 10), (0.2, 9))] == [12, 29, 3, 3, 1]
+def test_drop_count_is_the_published_int_of_the_product():
+    cases = ((0.2, 64), (0.29, 100), (0.57, 100), (0.58, 50), (0.1, 30), (0.2, 9))
+    assert [drop_count(f, d) for f, d in cases] == [12, 28, 56, 28, 3, 1]
+
+
+def test_coordinates_are_whole_numbers_in_range():
+    for index in ([3, 0], torch.tensor([3, 0], dtype=torch.int32), np.array([3, 0])):
+        assert torch.equal(checked_coordinates(index, 4), torch.tensor([3, 0]))
+    assert checked_coordinates([], 4).dtype == torch.int64
+    for index in ([-1], [4], [1.0], [True, False], [[1], [2]]):
+        with pytest.raises(InputError, match="whole numbers from 0 to 3"):
+            checked_coordinates(torch.tensor(index), 4)
 
 
 TWO = record_of(embeddings(2, 3, 4))
@@ -193,6 +204,8 @@ TWO = record_of(embeddings(2, 3, 4))
         (lambda: drop_count(0.05, 10), "is 0; it must be 1 to 9"),
         (lambda: top_indices(torch.ones(4), 4), "allowed: 1 to 3"),
         (lambda: top_indices(torch.tensor([1.0, float("nan")]), 1), "coordinate 1 is NaN"),
+        (lambda: top_indices(torch.ones(4, 5), 2), r"must have shape \(d,\), got \(4, 5\)"),
+        (lambda: normalised(torch.ones(3), torch.ones(4)), r"\(3,\) do not fit scales of shape \(4,\)"),
         (lambda: random_indices(4, 0, generator=torch.Generator()), "cannot choose 0 of 4"),
     ],
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from library.errors import InputError
+from library.spectral import tails
 from library.spectral.marchenko_pastur import MarchenkoPastur
 from library.spectral.tails import RULES, fit_tail, hill_scan, log_histogram, squared_singular_values
 
@@ -92,6 +93,42 @@ def test_the_pruned_search_finds_the_threshold_of_the_full_one(size):
         assert int(fit.tail[row]) == size - best
         assert float(fit.alpha[row]) == pytest.approx(alphas[best], rel=1e-10)
         assert float(fit.ks_distance[row]) == pytest.approx(distances[best], abs=1e-12)
+
+
+def numbers_looked_at(monkeypatch, spectrum: torch.Tensor) -> tuple[tails.TailFit, int]:
+    """The ks fit, and how many pairs of a threshold and a place the search compares for it."""
+    looked = []
+
+    def counted(logs, alphas, rows, starts, places):
+        looked.append(len(rows) * len(places))
+        return bounds(logs, alphas, rows, starts, places)
+
+    bounds = tails._bounds
+    with monkeypatch.context() as patched:
+        patched.setattr(tails, "_bounds", counted)
+        return fit_tail(spectrum, "ks"), sum(looked)
+
+
+def test_the_search_finds_what_a_loop_over_all_thresholds_of_a_power_law_finds():
+    logs = (1 / torch.arange(1, 3001).double()).log().sort().values
+    least = math.inf
+    for i in range(len(logs) - 1):
+        steps = logs[i:] - logs[i]
+        fitted = -torch.expm1(-len(steps) / steps.sum() * steps)
+        least = min(least, float((fitted - torch.arange(len(steps)).double() / len(steps)).abs().max()))
+    assert float(fit_tail(logs.exp(), "ks").ks_distance) == pytest.approx(least, abs=1e-12)
+
+
+def test_of_a_long_spectrum_thresholds_are_left_out_within_the_stated_error(monkeypatch):
+    size = 3000
+    spectrum = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).pow(-0.7)
+    full, _ = numbers_looked_at(monkeypatch, spectrum)
+    monkeypatch.setattr(tails, "ALL_THRESHOLDS", 500)
+    thinned, looked = numbers_looked_at(monkeypatch, torch.stack([spectrum, spectrum.flip(0)]))
+    assert looked < 2 * (size * tails.FIRST_POINTS + 2.1 * 500**2)
+    assert torch.equal(thinned.tail[:1], thinned.tail[1:])
+    excess = float(thinned.ks_distance[0] - full.ks_distance)
+    assert 0 <= excess <= 1.2 * size / (tails.FIRST_POINTS * float(full.tail))
 
 
 @pytest.mark.parametrize("lower_bound", ["log", "linear"])
@@ -188,6 +225,14 @@ def test_the_histogram_is_a_density():
         (lambda: squared_singular_values(torch.tensor([[1.0, torch.inf]])), "1 x 2 has entries that are not finite"),
         (lambda: MarchenkoPastur(1.5), r"shape ratio must lie in \(0, 1\]"),
         (lambda: log_histogram(torch.tensor([1.0, 2.0]), 0), "at least 1 bin"),
+        (lambda: log_histogram(torch.tensor([1.0, 2.0]), floor=math.nan), "floor of a spectrum must be a number"),
+        (lambda: fit_tail(torch.tensor([1.0, 2.0]), "fixfinger", bins=0), "at least 1 bin"),
+        (lambda: fit_tail(torch.tensor([1.0, 2.0]), lower_bound="x"), "lower_bound 'x' is unknown"),
+        (lambda: fit_tail(torch.tensor([1.0, 2.0]) + 1j), "real numbers, got torch.complex64"),
+        (lambda: fit_tail(torch.zeros(0, 10)), "without eigenvalues"),
+        (lambda: hill_scan(torch.zeros(0, 10)), "without eigenvalues"),
+        (lambda: squared_singular_values(torch.ones(3, 3) + 1j), "real numbers, got torch.complex64"),
+        (lambda: squared_singular_values(torch.ones(3)), r"shape \(..., m, n\), got \(3,\)"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(call, message):

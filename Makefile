@@ -1,17 +1,20 @@
-# demo, test, soak, bench, docs, lint: each prepares .venv when it is missing or its requirements have changed.
+# demo, test, walk, soak, bench, docs, lint: each prepares .venv when it is missing or its requirements have changed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test soak bench docs lint
+.PHONY: demo test walk soak bench docs lint
 
 demo: $(READY)
 	$(BIN)/prism demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+walk: $(READY)
+	$(BIN)/python -m pytest -m walk tests/test_written_commands.py
 
 soak: $(READY)
 	$(BIN)/python tests/faults/soak.py

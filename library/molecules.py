@@ -16,6 +16,9 @@ STEREO = ("STEREONONE", "STEREOANY", "STEREOZ", "STEREOE")
 class Molecule:
     """The heavy atoms and bonds of one molecule, in the order of its SMILES.
 
+    Hydrogens that the SMILES writes as atoms are counted at their neighbours, as RDKit does; those that are more than a
+    hydrogen stay atoms: isotopes, charged or single ones, and those that say on which side of a double bond they are.
+
     symbols         of the atoms
     charges         int64 (atoms,), formal
     explicit_h      int64 (atoms,), hydrogens that the SMILES writes, or that kekulisation leaves written
@@ -53,7 +56,8 @@ class Molecule:
     def from_smiles(cls, smiles: str, *, kekulized: bool = False, name: str = "") -> "Molecule":
         """The molecule of a SMILES; with `kekulized`, aromatic bonds become single and double ones.
 
-        Raises InputError for what cannot be parsed, beginning with `name` (which of many it is), or has no atoms.
+        Raises InputError, beginning with `name` (which of many it is), for what cannot be parsed, has no atoms, or has
+        a bond that is none of BONDS: dative, of order zero or four.
 
         >>> water = Molecule.from_smiles("CC(=O)[O-]")
         >>> water.symbols, water.edges.tolist(), water.charges.tolist()
@@ -68,7 +72,7 @@ class Molecule:
             if found is None:
                 raise InputError(f"{where}{shown!r} is not a SMILES that can be parsed")
             try:
-                Chem.SanitizeMol(found)
+                found = Chem.RemoveHs(found)  # and sanitised
                 Chem.AssignStereochemistry(found, cleanIt=True, force=True, flagPossibleStereoCenters=True)
                 if kekulized:
                     Chem.Kekulize(found, clearAromaticFlags=True)
@@ -78,6 +82,10 @@ class Molecule:
             raise InputError(f"{where}the SMILES has no atoms")
         atoms = [found.GetAtomWithIdx(place) for place in range(found.GetNumAtoms())]  # iterating over them is slow
         bonds = [found.GetBondWithIdx(place) for place in range(found.GetNumBonds())]
+        kinds = [str(bond.GetBondType()).lower() for bond in bonds]
+        other = next((kind for kind in kinds if kind not in BONDS), None)
+        if other is not None:
+            raise InputError(f"{where}{shown!r} has a bond of type {other}; bonds may be {', '.join(BONDS)}")
         return cls(
             symbols=tuple(atom.GetSymbol() for atom in atoms),
             charges=_integers(atom.GetFormalCharge() for atom in atoms),
@@ -89,7 +97,7 @@ class Molecule:
             aromatic=_integers(atom.GetIsAromatic() for atom in atoms).astype(bool),
             stereo=_integers(_stereo(atom) for atom in atoms),
             edges=_integers(end for b in bonds for end in (b.GetBeginAtomIdx(), b.GetEndAtomIdx())).reshape(-1, 2).T,
-            bonds=_integers(_place(BONDS, str(bond.GetBondType()).lower()) for bond in bonds),
+            bonds=_integers(BONDS.index(kind) for kind in kinds),
             conjugated=_integers(bond.GetIsConjugated() for bond in bonds).astype(bool),
             in_ring=_integers(bond.IsInRing() for bond in bonds).astype(bool),
             bond_stereo=_integers(_place(STEREO, str(bond.GetStereo())) for bond in bonds),

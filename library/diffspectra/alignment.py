@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.diffspectra.molecules import ELEMENTS, Structure
+from library.diffspectra.molecules import ELEMENTS, Structure, check_finite
 from library.errors import InputError
 
 MOST_MATCHES = 50_000
@@ -44,7 +44,7 @@ class Alignment(NamedTuple):
 def align(reference: Structure, probe: Structure, *, mirror: bool = False, seed: int = 0) -> Alignment:
     """The best alignment of two molecules with equally many atoms; with `mirror` the better of the probe and its image.
 
-    Raises InputError for different numbers of atoms.
+    Raises InputError for different numbers of atoms, and positions that are not finite.
 
     >>> from library.diffspectra.data import load_molecules
     >>> one = load_molecules().atoms.structure(900)
@@ -54,6 +54,8 @@ def align(reference: Structure, probe: Structure, *, mirror: bool = False, seed:
     """
     if len(reference) != len(probe):
         raise InputError(f"molecules of {len(reference)} and {len(probe)} atoms cannot be aligned")
+    check_finite(reference, "reference")
+    check_finite(probe, "probe")
     target, moved = (one.positions.double() - one.positions.double().mean(0) for one in (reference, probe))
     images = [moved, moved * moved.new_tensor([-1.0, 1.0, 1.0])] if mirror else [moved]
     matches = isomorphisms(reference, probe)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from library.diffspectra.lines import ORIGIN, POINTS, STEP, Lines
+from library.diffspectra.lines import ORIGIN, POINTS, STEP, Lines, grid, known
 from library.errors import InputError
 
 LASER = 1e7 / 532.0  # cm-1, of a laser of 532 nm
@@ -38,8 +38,8 @@ class Broadening(BaseModel, frozen=True, extra="forbid"):
     frequency_scale: PositiveFloat = 1.0
     """Factor of the wavenumbers; 0.965 brings B3LYP's harmonic ones near measured ones."""
     raman: Literal["activity", "intensity"] = "activity"
-    """Broaden activities S_k as they are, or turn them into what a laser of 532 nm at 298 K scatters:
-    S (nu_0 - nu)^4 / nu / (1 - exp(-h c nu / k T)), relative to 1000 cm-1."""
+    """Activities S_k, broadened, as they are, or turned into what a laser of 532 nm at 298 K scatters: each point of
+    the spectrum times (nu_0 - nu)^4 / nu / (1 - exp(-h c nu / k T)), relative to 1000 cm-1."""
     temperature: PositiveFloat = 298.0
     """Kelvin, of `raman` "intensity"."""
 
@@ -84,20 +84,21 @@ def broaden(
     """The intensities I of many line lists on the grid of their modality: float32 (B, points).
 
     `width_factor`, `scale` and `shift` (B,) change the width, stretch the positions, then move them, for each alone.
-    Raises InputError for no line lists.
+    Raises InputError for no line lists, a modality that there is not, and lines that are not finite.
 
     >>> carbon_monoxide = Lines(torch.tensor([2143.0]), torch.tensor([60.0]))
     >>> spectrum = broaden([carbon_monoxide], "ir")[0]
     >>> int(spectrum.argmax()) + 500, round(float(spectrum.sum()))
     (2143, 60)
     """
+    modality = known(modality)
     if not lines:
         raise InputError(f"there are no {modality} lines to broaden")
     positions = pad_sequence([one.positions for one in lines], batch_first=True).double()
     strengths = pad_sequence([one.strengths for one in lines], batch_first=True).double()
+    if not (torch.isfinite(positions).all() and torch.isfinite(strengths).all()):
+        raise InputError(f"a {modality} line is not finite")
     strengths = strengths.masked_fill(positions <= 0, 0.0)
-    if modality == "raman" and settings.raman == "intensity":
-        strengths = strengths * _scattering(positions.clamp(min=1.0), settings.temperature)
     if modality != "uv":
         positions = positions * settings.frequency_scale
     if scale is not None:
@@ -109,13 +110,16 @@ def broaden(
         widths = widths * width_factor.double()
     low, step = ORIGIN[modality], STEP[modality]
     shape = settings.uv_shape if modality == "uv" else "lorentzian"
-    rows = max(1, CHUNK_VALUES // (positions.shape[1] * POINTS[modality]))
+    rows = max(1, CHUNK_VALUES // (max(1, positions.shape[1]) * POINTS[modality]))
     positions, strengths, widths = (positions - low) / step, strengths / step, widths / step
     parts = [
         _bands(*part, POINTS[modality], shape)
         for part in zip(positions.split(rows), strengths.split(rows), widths.split(rows), strict=True)
     ]
-    return torch.cat(parts)
+    spectra = torch.cat(parts)
+    if modality == "raman" and settings.raman == "intensity":
+        spectra = spectra * _scattering(grid(modality).to(spectra.device), settings.temperature)
+    return spectra
 
 
 def augmented(
@@ -186,4 +190,4 @@ def _scattering(wavenumbers: Tensor, temperature: float) -> Tensor:
     def factor(nu: Tensor) -> Tensor:
         return (LASER - nu) ** 4 / nu / -torch.expm1(-KELVIN_PER_WAVENUMBER * nu / temperature)
 
-    return factor(wavenumbers) / factor(torch.tensor(1000.0, dtype=wavenumbers.dtype))
+    return (factor(wavenumbers.double()) / factor(torch.tensor(1000.0, dtype=torch.float64))).float()

@@ -1,17 +1,20 @@
 """Data sets of molecules with their spectra: ragged arrays, samples by number, and batches broadened on the fly."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from library.diffspectra.broadening import Augmentation, Broadening, augmented, broaden, network_input, noisy
+from library.diffspectra.line_arrays import ARRAYS, check_arrays
 from library.diffspectra.lines import MODALITIES, Lines, chosen
 from library.diffspectra.molecules import ATOMIC_NUMBERS, Atoms, MoleculeBatch, Structure, batch_of
 from library.errors import InputError
@@ -218,34 +221,15 @@ def read_lines(stream: object, name: str) -> MoleculeData:
     try:
         with np.load(stream, allow_pickle=False) as arrays:
             found = {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise InputError(f"{name} is no NPZ file of line lists: {str(error).splitlines()[0]}") from error
-    needed = ("smiles", "split", "atom_offset", "z", "formal_charge", "pos", "bond_offset", "bonds")
-    needed += ("mode_offset", "freq", "ir", "raman", "uv_offset", "uv_energy", "uv_strength")
-    missing = [key for key in needed if key not in found]
-    if missing:
-        raise InputError(f"{name} has no array {missing[0]!r}; line lists have {', '.join(needed)}")
-    for offsets, rows in (
-        ("atom_offset", "z"),
-        ("bond_offset", "bonds"),
-        ("mode_offset", "freq"),
-        ("uv_offset", "uv_energy"),
-    ):
-        ends = found[offsets]
-        if (
-            len(ends) != len(found["smiles"]) + 1
-            or ends[0] != 0
-            or ends[-1] != len(found[rows])
-            or (np.diff(ends) < 0).any()
-        ):
-            raise InputError(f"{name}: {offsets} does not cut the {len(found[rows])} rows of {rows!r} into molecules")
-    types = _types(found["z"], name)
-    content = sha256(b"".join(np.ascontiguousarray(found[key]).tobytes() for key in needed)).hexdigest()
+    check_arrays(found, name)
+    content = sha256(b"".join(np.ascontiguousarray(found[key]).tobytes() for key in ARRAYS)).hexdigest()
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in found.items() if value.dtype.kind in "fiu"}
     atoms = Atoms(
         tensors["atom_offset"].long(),
         tensors["pos"].float(),
-        types,
+        torch.from_numpy(np.searchsorted(ATOMIC_NUMBERS, found["z"])).to(torch.uint8),
         tensors["formal_charge"].to(torch.int8),
         tensors["bond_offset"].long(),
         tensors["bonds"].to(torch.uint8),
@@ -264,12 +248,3 @@ def _reader(offsets: Tensor, positions: Tensor, strengths: Tensor) -> Callable[[
     ends = offsets.tolist()
     positions, strengths = positions.float(), strengths.float()
     return lambda i: Lines(positions[ends[i] : ends[i + 1]], strengths[ends[i] : ends[i + 1]])
-
-
-def _types(numbers: np.ndarray, name: str) -> Tensor:
-    table = np.full(256, 255, dtype=np.uint8)
-    table[list(ATOMIC_NUMBERS)] = range(len(ATOMIC_NUMBERS))
-    types = table[numbers.astype(np.uint8)]
-    if (types == 255).any():
-        raise InputError(f"{name}: atomic number {numbers[types == 255][0]} is none of {ATOMIC_NUMBERS}")
-    return torch.from_numpy(types)

@@ -41,7 +41,8 @@ def read_entries(stream: BinaryIO, name: str) -> list[dict[str, Any]]:
     * `.csv` or `.parquet`, a row for each point: columns molecule, modality, x, y, and perhaps axis, values, absolute,
       atoms and formula, which are the same in all rows of a spectrum or molecule.
 
-    Raises InputError for another kind of file, one that cannot be read, missing columns, and no or repeated names.
+    Raises InputError for another kind of file, one that cannot be read, missing columns, rows without a molecule or
+    modality or at odds with each other, and no or repeated names.
     """
     kind = name[name.rfind(".") :]
     if kind not in KINDS:
@@ -85,21 +86,24 @@ def _tabled(stream: BinaryIO, kind: str) -> Iterator[dict[str, Any]]:
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise InputError(f"there is no column {missing[0]!r}; there are {', '.join(map(str, table.columns))}")
+    for column in COLUMNS[:2]:
+        if table[column].isna().any():
+            raise InputError(f"row {int(table[column].isna().to_numpy().argmax()) + 1} has no {column}")
     for molecule, rows in table.groupby("molecule", sort=False):
         spectra = {str(name): _recording(part) for name, part in rows.groupby("modality", sort=False)}
         entry = {"name": str(molecule), "spectra": spectra}
         atoms, formula = _same(rows, "atoms"), _same(rows, "formula")
-        yield entry | ({"atoms": int(atoms)} if atoms is not None else {}) | ({"formula": formula} if formula else {})
+        yield entry | ({"atoms": atoms} if atoms is not None else {}) | ({"formula": formula} if formula else {})
 
 
 def _recording(rows: "pd.DataFrame") -> dict[str, Any]:
     given = {name: value for name in ("axis", "values", "absolute") if (value := _same(rows, name)) is not None}
-    if "absolute" in given:
-        given["absolute"] = bool(given["absolute"])
     return {"x": rows["x"].tolist(), "y": rows["y"].tolist(), **given}
 
 
 def _same(rows: "pd.DataFrame", column: str) -> Any:
-    """The one value of a column; None where it is not there or empty."""
-    values = rows[column].dropna().unique() if column in rows else []
-    return values[0] if len(values) else None
+    """The one value of a column; None where it is not there or empty. Raises InputError for several."""
+    values = rows[column].dropna().unique().tolist() if column in rows else []
+    if len(values) > 1:
+        raise InputError(f"{column} is both {values[0]} and {values[1]} for molecule {rows['molecule'].iloc[0]}")
+    return values[0] if values else None

@@ -16,7 +16,7 @@ import numpy as np
 from library.diffspectra.alignment import align
 from library.diffspectra.building import build, constitution_smiles, with_stereo
 from library.diffspectra.mces import empty_distance, mces_distance
-from library.diffspectra.molecules import Structure
+from library.diffspectra.molecules import Structure, check_finite
 from library.diffspectra.ranking import failure, rank
 from library.diffspectra.similarity import Similarity, connectivity, inchikey, similarity
 from library.diffspectra.stability import released_smiles, stability_by_bonds
@@ -81,7 +81,11 @@ class Truth:
         return inchikey(self.mol)
 
     def judge(self, sample: Structure, *, mces: bool = False) -> Judgement:
-        """Compare a sample. `mces` asks for the distance too, which costs up to a second."""
+        """Compare a sample. `mces` asks for the distance too, which costs up to a second.
+
+        Raises InputError for positions that are not finite.
+        """
+        check_finite(sample, "a sample")
         built = build(sample)
         valid = not failure(built)
         constitution = valid and built.smiles == self.smiles

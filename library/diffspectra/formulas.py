@@ -9,6 +9,7 @@ sure, it stays. After the last step each atom gets its element by the best assig
 
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -24,11 +25,11 @@ FIRST, LAST = 3, 3 + len(ELEMENTS)  # channels of an atom
 
 
 def counted(formula: Mapping[str, int]) -> dict[str, int]:
-    """A formula in the order of ELEMENTS without zeros. Raises InputError for other elements or negative counts."""
+    """A formula in the order of ELEMENTS without zeros. Raises InputError for other elements and wrong counts."""
     for element, count in formula.items():
         if element not in ELEMENTS:
             raise InputError(f"formula: {element} is none of {', '.join(ELEMENTS)}, which molecules here consist of")
-        if count < 0:
+        if not isinstance(count, Integral) or count < 0:
             raise InputError(f"formula: {count} atoms of {element}")
     return {element: formula[element] for element in ELEMENTS if formula.get(element)}
 

@@ -65,13 +65,15 @@ def on_grid(
     instruments give intensities in units of their own.
 
     Raises InputError for lengths that do not fit, values that are not finite, axes that turn back or miss more than
-    half of the grid, negative intensities below noise, and spectra of zeros.
+    half of the grid, negative intensities below noise, spectra of zeros, and an area that is not positive.
     """
-    y, modality = np.asarray(y, dtype=np.float64), known(modality)
+    y = _numbers(y, known(modality))
     if values not in VALUES:
         raise InputError(f"{modality}: values {values!r}; there are {', '.join(VALUES)}")
-    if y.ndim != 1 or not np.isfinite(y).all():
+    if y.ndim != 1 or not len(y) or not np.isfinite(y).all():
         raise InputError(f"{modality}: a list of finite numbers is needed")
+    if area is not None and not 0 < area < np.inf:
+        raise InputError(f"{modality}: area {area:g}; it must be positive and finite")
     if values.endswith("transmittance"):
         y = _absorbance(y / (100 if values.startswith("percent") else 1), modality)
     warnings: list[str] = []
@@ -83,7 +85,7 @@ def on_grid(
                 f"{float(points[-1]):g} {UNITS[modality]} by {STEP[modality]:g}. Give x to have others resampled"
             )
     else:
-        y, warnings = _resampled(modality, y, np.asarray(x, dtype=np.float64), axis or UNITS[modality])
+        y, warnings = _resampled(modality, y, _numbers(x, modality), axis or UNITS[modality])
     top = y.max()
     if y.min() < -NOISE * max(top, 0) or top <= 0:
         what = "is zero everywhere" if not y.any() else f"falls to {y.min():.4g}, its maximum is {top:.4g}"
@@ -96,6 +98,13 @@ def on_grid(
     if area is not None:
         y = y * (area / (y.sum() * STEP[modality]))
     return Measured(torch.from_numpy(y).float(), warnings)
+
+
+def _numbers(given: Sequence[float], modality: str) -> np.ndarray:
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{modality}: a list of finite numbers is needed") from error
 
 
 def _absorbance(transmittance: np.ndarray, modality: str) -> np.ndarray:

@@ -204,8 +204,7 @@ def check_structure(structure: Structure, name: str = "molecule", most_atoms: in
     shapes = (tuple(structure.positions.shape), tuple(structure.charges.shape), tuple(structure.bonds.shape))
     if shapes != ((n, 3), (n,), (n, n)):
         raise InputError(f"{name}: {n} atoms need positions ({n}, 3), charges ({n},), bonds ({n}, {n}), not {shapes}")
-    if not torch.isfinite(structure.positions).all():
-        raise InputError(f"{name}: a position is not finite")
+    check_finite(structure, name)
     if int(structure.types.min()) < 0 or int(structure.types.max()) >= len(ELEMENTS):
         raise InputError(f"{name}: types must be places in {', '.join(ELEMENTS)}")
     if int(structure.charges.abs().max()) > MOST_CHARGE:
@@ -217,6 +216,12 @@ def check_structure(structure: Structure, name: str = "molecule", most_atoms: in
         raise InputError(f"{name}: bond orders must be symmetric with zeros on the diagonal")
     if pieces(bonds) > 1:
         raise InputError(f"{name}: it falls into {pieces(bonds)} parts; give each as a molecule of its own")
+
+
+def check_finite(structure: Structure, name: str = "molecule") -> None:
+    """Raise InputError, beginning with `name`, for positions that are not finite."""
+    if not torch.isfinite(structure.positions).all():
+        raise InputError(f"{name}: a position is not finite")
 
 
 def pieces(bonds: Tensor) -> int:

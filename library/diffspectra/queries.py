@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ class Query:
     key       from which, with the seed of the sampling, everything random is drawn
     warnings  what is to be known of how the spectra came about
 
-    Raises InputError for no spectra, a modality or element that there is not, wrong lengths, and atoms outside 1 to 29
-    or at odds with the formula.
+    Raises InputError for no spectra, a modality or element that there is not, wrong lengths, and atoms that are not
+    whole, outside 1 to 29 or at odds with the formula.
     """
 
     spectra: Mapping[str, Tensor]
@@ -39,6 +40,8 @@ class Query:
         for modality, spectrum in self.spectra.items():
             if spectrum.shape != (POINTS[known(modality)],):
                 raise InputError(f"spectra: {modality} {tuple(spectrum.shape)} must be ({POINTS[modality]},)")
+        if self.atoms is not None and not isinstance(self.atoms, Integral):
+            raise InputError(f"atoms: {self.atoms} is not a whole number")
         size = self.size
         if size is not None and not 1 <= size <= MOST_ATOMS:
             raise InputError(f"atoms: {size}; molecules of 1 to {MOST_ATOMS} atoms are allowed, hydrogens included")

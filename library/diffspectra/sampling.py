@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, Positiv
 from torch import Tensor
 
 from library.diffspectra.conditioned import Conditioned
-from library.diffspectra.formulas import Formulas
+from library.diffspectra.formulas import Formulas, counted
 from library.diffspectra.molecules import MOST_ATOMS, Structure
 from library.diffspectra.noise import draw_noise, key_generators, stream
 from library.diffspectra.samplers import Progress, SamplerName, ancestral, dpm_solver
@@ -64,9 +64,11 @@ def draw_samples(
     formulas   of each condition, or None where it is not known; see `formulas.py`
     progress   called with (done, all) after every step of a group
 
-    Raises InputError for a network in training mode, counts out of range, and guidance that was not learned.
+    Raises InputError for a network in training mode, counts out of range or at odds with a formula, conditions, keys
+    and formulas that are not as many, and guidance that was not learned.
     """
     _check(network, counts, sampling)
+    _check_rows(condition, counts, keys, formulas)
     many, samples = counts.shape
     wanted = sorted((int(counts[i, k]), i, k) for i in range(many) for k in range(samples))
     groups = [wanted[start : start + sampling.at_once] for start in range(0, len(wanted), sampling.at_once)]
@@ -140,3 +142,16 @@ def _check(network: Conditioned, counts: Tensor, sampling: Sampling) -> None:
         raise InputError(f"sizes: molecules of 1 to {MOST_ATOMS} atoms are allowed, hydrogens included")
     if sampling.guidance != 1 and network.null is None:
         raise InputError(f"guidance: {sampling.guidance:g} was not learned, only 1; see recipe.condition_dropout")
+
+
+def _check_rows(
+    condition: Tensor, counts: Tensor, keys: Sequence[int], formulas: Sequence[Mapping[str, int] | None] | None
+) -> None:
+    given = {"conditions": condition, "keys": keys, "formulas": counts if formulas is None else formulas}
+    for name, rows in given.items():
+        if len(rows) != len(counts):
+            raise InputError(f"{name}: {len(rows)} for the sizes of {len(counts)} queries; both must be as many")
+    for sizes, formula in zip(counts.tolist(), formulas or [None] * len(counts), strict=True):
+        atoms = None if formula is None else sum(counted(formula).values())
+        if atoms is not None and any(size != atoms for size in sizes):
+            raise InputError(f"sizes: {sizes} atoms are asked for, but the formula has {atoms}")

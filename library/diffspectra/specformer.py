@@ -138,7 +138,7 @@ class SpecFormer(nn.Module):
         """Spectra as log10(1 + I), modality -> (B, points), to vectors (B, features).
 
         `present` bool (B, modalities) says which spectra are there, for an encoder with `absent`. Raises InputError
-        for missing spectra, wrong lengths, values that are not finite, and training on one molecule.
+        for missing spectra, no molecules, wrong lengths, values that are not finite, and training on one molecule.
         """
         return self.pooled(self.tokens(self.split(spectra), present))
 
@@ -156,6 +156,8 @@ class SpecFormer(nn.Module):
             if not torch.isfinite(spectrum).all():
                 raise InputError(f"{modality}: a spectrum has an intensity that is not finite")
             found[modality] = spectrum.unfold(1, self.settings.length(modality), self.settings.step(modality))
+        if not all(map(len, found.values())):
+            raise InputError("the encoder needs the spectra of at least one molecule")
         if len({len(part) for part in found.values()}) > 1:
             raise InputError(f"spectra of {', '.join(f'{len(part)} ({m})' for m, part in found.items())} molecules")
         return found

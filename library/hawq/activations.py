@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from library.errors import InputError
-from library.hawq.quantizers import LEAST_SCALE, straight_through
+from library.hawq.quantizers import LEAST_SCALE, bit_numbers, straight_through
 
 
 class ActivationSettings(BaseModel, frozen=True, extra="forbid"):
@@ -58,18 +58,23 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, bits: int, settings: ActivationSettings | None = None) -> None:
         super().__init__()
-        if not 2 <= bits <= 16:
-            raise InputError(f"bits of an activation must be from 2 to 16, got {bits}")
-        self.bits, self.settings, self.calibrating = bits, settings or ActivationSettings(), False
+        [self.bits] = bit_numbers(bits, "bits of an activation")
+        self.settings, self.calibrating = settings or ActivationSettings(), False
         self.register_buffer("low", torch.tensor(float("nan")))
         self.register_buffer("high", torch.tensor(float("nan")))
 
+    def fit(self, like: Tensor) -> "ActivationQuantizer":
+        """Hold the range on the device of `like`, and in float64 where that is float64."""
+        return self.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Widen or average the range by one batch. Raises InputError when it is not finite."""
-        low, high = self.settings.extremes(x)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        """Widen or average the range by one batch. Raises InputError when the batch is empty or not finite."""
+        if not x.numel():
+            raise InputError("an activation has no entries while its range is calibrated")
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(x.detach())):
             raise InputError("an activation is not finite while its range is calibrated")
+        low, high = self.settings.extremes(x)
         if bool(self.low.isnan()):
             self.low.copy_(low)
             self.high.copy_(high)
@@ -83,16 +88,19 @@ class ActivationQuantizer(nn.Module):
 
     def scale(self) -> Tensor:
         """The scale of the present range. Raises InputError when nothing was seen yet."""
-        if bool(self.low.isnan()):
-            raise InputError("an activation's range is not known: calibrate the network first")
-        return self.settings.scale(self.low, self.high, self.bits)[0]
+        return self._grid()[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calibrating:
             self.observe(x)
-        scale, least, most = self.settings.scale(self.low, self.high, self.bits)
-        integers = (x.detach() / scale).round_().clamp_(least, most)  # one array of the input's size, not four
+        scale, least, most = self._grid()
+        integers = (x.detach() * (1 / scale)).round_().clamp_(least, most)  # one array of the input's size, not four
         return straight_through(x, integers.mul_(scale))
+
+    def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        if bool(self.low.isnan()):
+            raise InputError("an activation's range is not known: calibrate the network first")
+        return self.settings.scale(self.low, self.high, self.bits)
 
 
 @torch.no_grad()
@@ -105,6 +113,6 @@ def activation_errors(
     flat = x.flatten()
     errors = torch.zeros(len(bits), dtype=torch.float64, device=x.device)
     for part in flat.split(1 << 20):
-        integers = torch.maximum(torch.minimum(torch.round(part / scale), most), least)
+        integers = torch.maximum(torch.minimum(torch.round(part * (1 / scale)), most), least)
         errors += (integers * scale - part).double().square().sum(1)
     return errors / len(x)

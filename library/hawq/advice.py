@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from library.errors import InputError
 from library.hawq.analysis import CONFIDENCE, RESAMPLES, Sensitivity, positive_curvature
-from library.hawq.costs import BitChoice
+from library.hawq.costs import BitChoice, numbers
 from library.hawq.layers import LayerTable
 from library.hawq.plan import Budget, frontier
+from library.hawq.quantizers import bit_numbers
 
 SHOWN = 200  # points of a frontier that are handed over
 
@@ -48,26 +50,40 @@ def described(
 ) -> Sensitivity:
     """A sensitivity from numbers: mean traces Tr(H_i)/n_i, weights n_i, ||Q_b(W_i) - W_i||^2 (layers, bits).
 
-    Layers are named by their number. Raises InputError for lengths that differ, or values that are not finite.
+    Layers are named by their number. Raises InputError for lengths that differ, values that are no numbers or not
+    finite, sizes that are not whole, and bits outside 2 to 16.
     """
     count = len(traces)
     lengths = {"n_params": n_params, "perturbation": perturbation, "macs": macs, "errors": errors}
     for name, values in lengths.items():
         if values is not None and len(values) != count:
             raise InputError(f"{name}: {len(values)} entries for {count} traces")
-    table = np.array([list(row) if len(row) == len(bits) else [np.nan] for row in perturbation], dtype=object)
-    if table.shape != (count, len(bits)) or count == 0:
+    bits = bit_numbers(list(bits))
+    if count == 0 or any(len(row) != len(bits) for row in perturbation):
         raise InputError(f"perturbation: {count} rows of {len(bits)} entries are needed, one per bit number")
-    squares = torch.from_numpy(table.astype(np.float64))
-    trace = torch.tensor(list(traces), dtype=torch.float64)
+    squares, trace = _tensor(perturbation, "perturbation"), _tensor(traces, "traces")
     if not bool(torch.isfinite(trace).all() and torch.isfinite(squares).all() and (squares >= 0).all()):
         raise InputError("traces and perturbation must be finite, and perturbation not negative")
-    layers = LayerTable(tuple(map(str, range(count))), tuple(n_params), tuple(macs or [0] * count))
-    error = torch.full_like(trace, float("nan")) if errors is None else torch.tensor(list(errors), dtype=torch.float64)
+    layers = LayerTable(
+        tuple(map(str, range(count))), _whole(n_params, "n_params", 1), _whole(macs or [0] * count, "macs", 0)
+    )
+    error = torch.full_like(trace, float("nan")) if errors is None else _tensor(errors, "errors")
     negative = [str(i) for i, value in enumerate(trace.tolist()) if value <= 0]
     notes = (f"layers {', '.join(negative)}: a trace that is not positive counts as 0",) if negative else ()
     omega = positive_curvature(trace)[:, None] * squares
     return Sensitivity("hessian", layers, tuple(bits), trace, error, error * float("nan"), squares, omega, notes=notes)
+
+
+def _tensor(values: Sequence[Any], name: str) -> torch.Tensor:
+    return torch.from_numpy(numbers(values, name).astype(np.float64))
+
+
+def _whole(values: Sequence[int], name: str, least: int) -> tuple[int, ...]:
+    found = _tensor(values, name)
+    wrong = found[~((found >= least) & (found < 2**53) & (found == found.floor()))].tolist()
+    if wrong:
+        raise InputError(f"{name} must be whole numbers of at least {least}, got {wrong[0]:g}")
+    return tuple(map(int, found.tolist()))
 
 
 def advise(

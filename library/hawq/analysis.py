@@ -21,8 +21,10 @@ from library.hawq.curvature import Loss, quadratic_forms, second_order_terms, to
 from library.hawq.layers import LayerTable, layer_table, quantizable_layers
 from library.hawq.pareto import frontier
 from library.hawq.plan import Budget
-from library.hawq.quantizers import WeightQuantizer
+from library.hawq.quantizers import WeightQuantizer, bit_numbers
+from library.recipe import to_device
 from library.spectral.differentiation import evaluation_mode
+from library.spectral.operators import as_batches, as_pair, output_and_loss
 
 Metric = Literal["hessian", "ggn", "fisher", "top-eigenvalue", "second-order", "unweighted"]
 TRACES = ("hessian", "ggn", "fisher")
@@ -104,15 +106,16 @@ def sensitivity(
 ) -> Sensitivity:
     """How sensitive every convolution and linear layer of a trained network is to quantisation.
 
-    `loss(model(input), target)` is the mean over a batch, and `data` a list of batches (input, target); more than one
-    lets the error from the choice of data be told. Traces take one product per probe for all layers, in rounds of 10,
+    `loss(model(input), target)` is the mean over a batch, and `data` a list of batches (input, target), or one pair
+    of tensors; several let the error from the choice of data be told. Traces take one product per probe for all layers, in rounds of 10,
     until `probes`, or until every trace is known to 5 %, or, with a `budget`, until 95 % of resampled probes and
     batches choose the same bits. `activation_bits` adds the layers' inputs. The network runs in evaluation mode; fold
     batch norm before (`fold_batch_norm`) when the deployed network has it folded. `forms(start, count)` computes the
     quadratic forms (batches, count, layers) of `quadratic_forms` elsewhere, on a cluster say. The curvature of a
     `known` sensitivity of the same network is taken over: only the perturbations are new then.
 
-    Raises InputError for empty data, unknown layers, frozen weights or bits outside 2 to 16, and NonFiniteError.
+    Raises InputError for data that are empty or do not fit the model or the loss, unknown layers, frozen weights or
+    bits outside 2 to 16, and NonFiniteError.
 
     >>> from library.images import image_network
     >>> batch = torch.randn(8, 1, 28, 28), torch.randint(0, 10, (8,))
@@ -120,10 +123,10 @@ def sensitivity(
     >>> found.omega.shape
     torch.Size([8, 6])
     """
-    data, quantizer = list(data), quantizer or WeightQuantizer()
-    if not data:
-        raise InputError("data: there are no batches")
+    data, quantizer = list(map(as_pair, as_batches(data))), quantizer or WeightQuantizer()
+    bits, activation_bits = bit_numbers(bits), activation_bits and bit_numbers(activation_bits, "activation_bits")
     modules = quantizable_layers(model, layers)
+    _require_fitting(model, loss, data, next(iter(modules.values())).weight.device)
     frozen = [name for name, module in modules.items() if not module.weight.requires_grad]
     if frozen:
         raise InputError(f"layer {frozen[0]!r} is frozen; its weight must require gradients to be measured")
@@ -163,6 +166,18 @@ def sensitivity(
     if not activation_bits:
         return made
     return _with_activations(made, model, loss, data, tuple(activation_bits), activations, seed)
+
+
+@torch.no_grad()
+def _require_fitting(model: nn.Module, loss: Loss, data: Sequence[tuple[Any, Any]], device: torch.device | str) -> None:
+    """Raise InputError unless there are batches, none is empty, and all fit the model and the loss."""
+    if not data:
+        raise InputError("data: there are no batches")
+    with evaluation_mode(model):
+        for place, batch in enumerate(data):
+            if not len(batch[1]):
+                raise InputError(f"data: batch {place} has no samples")
+            output_and_loss(model, loss, *to_device(batch, device))
 
 
 def _forms_here(
@@ -300,7 +315,7 @@ def _with_activations(
         forms = activation_forms(model, loss, batch, names, generator=generator, probes=max(1, made.probes // 10))
         traces += count * torch.stack([forms[name].mean().cpu() for name in names]) / counts.sum()
     for place, name in enumerate(names):
-        observer = ActivationQuantizer(bits[0], settings).to(inputs[0][name].device)
+        observer = ActivationQuantizer(bits[0], settings).fit(inputs[0][name])
         for batch in inputs:
             observer.observe(batch[name])
         for batch, count in zip(inputs, counts, strict=True):
@@ -321,14 +336,15 @@ def _with_activations(
 @torch.no_grad()
 def recorded_inputs(model: nn.Module, source: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """The input of each layer, by name, from one evaluation-mode pass."""
+    layers = quantizable_layers(model, names)
     found: dict[str, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(lambda _, arguments, name=name: found.update({name: arguments[0].detach()}))
-        for name, module in quantizable_layers(model, names).items()
+        for name, module in layers.items()
     ]
     try:
         with evaluation_mode(model):
-            model(source)
+            model(to_device(source, next(iter(layers.values())).weight.device))
     finally:
         for handle in handles:
             handle.remove()

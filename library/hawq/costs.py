@@ -16,6 +16,17 @@ class BitChoice(NamedTuple):
     activation: int = 8
 
 
+def numbers(values: ArrayLike, name: str) -> np.ndarray:
+    """Values as an array: whole ones stay whole, all others are float64. Raises InputError when some are no numbers."""
+    try:
+        found = np.asarray(values)
+        if found.dtype.kind in "US":
+            raise ValueError("got text")
+        return found if found.dtype.kind in "iu" else found.astype(np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: a table of numbers in rows of equal length is needed: {error}") from error
+
+
 def size_costs(n_params: ArrayLike, choices: Sequence[BitChoice]) -> np.ndarray:
     """Bits of the weights, n_i b: int64 (layers, choices)."""
     return np.asarray(n_params, np.int64)[:, None] * np.array([choice.weight for choice in choices], np.int64)
@@ -55,15 +66,28 @@ def attainable(costs: np.ndarray, allowed: np.ndarray) -> tuple[float, float]:
     return float(least), float(np.where(allowed, costs, -np.inf).max(1).sum())
 
 
+def rounded_limit(limit: float, name: str = "limit") -> float:
+    """A limit with room for the rounding of a sum, yet less than one unit. Raises InputError for NaN."""
+    if np.isnan(limit):
+        raise InputError(f"{name} must be a number, got {limit}")
+    return limit + min(1e-12 * abs(limit), 0.25) if np.isfinite(limit) else limit
+
+
 def checked_table(
     omega: ArrayLike, cost: ArrayLike, allowed: ArrayLike | None, name: str = "cost"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sensitivities, costs and permissions as arrays (layers, choices). Raises InputError that says what is wrong."""
-    omega, cost = np.asarray(omega, np.float64), np.asarray(cost)
+    """Sensitivities, costs and permissions as arrays (layers, choices). Raises InputError that says what is wrong.
+
+    Whole costs become int64, which their total must fit.
+    """
+    omega, cost = numbers(omega, "omega").astype(np.float64), numbers(cost, name)
     if omega.ndim != 2 or omega.size == 0 or cost.shape != omega.shape:
         raise InputError(f"omega and {name} must be (layers, choices), got {omega.shape} and {cost.shape}")
     if not np.isfinite(omega).all() or not np.isfinite(cost).all() or (cost < 0).any():
         raise InputError(f"omega and {name} must be finite, and {name} not negative")
+    if cost.dtype.kind in "iu" and int(cost.max()) * len(cost) >= 2**62:
+        raise InputError(f"{name}: whole costs up to {cost.max()} are too large to add up; give them in a larger unit")
+    cost = cost.astype(np.int64 if cost.dtype.kind in "iu" else np.float64)
     allowed = np.ones(omega.shape, bool) if allowed is None else np.asarray(allowed, bool)
     if allowed.shape != omega.shape or not allowed.any(1).all():
         raise InputError(f"allowed must be {omega.shape} with at least one choice for each layer")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.errors import InputError, NonFiniteError
+from library.errors import InputError, NonFiniteError, PrismError
 from library.recipe import to_device
 from library.spectral import Hessian, random_probes
 from library.spectral.differentiation import batched_grad, evaluation_mode
@@ -79,7 +79,8 @@ def top_eigenvalues(
 ) -> Tensor:
     """The largest eigenvalue of each layer's diagonal block of the Hessian: float64 (layers,).
 
-    What HAWQ-V1 (Dong et al., ICCV 2019) ranked layers by. To 1 % of itself.
+    What HAWQ-V1 (Dong et al., ICCV 2019) ranked layers by. To 1 % of itself, where that is more than the rounding of
+    the eigenvalue of largest magnitude. Raises PrismError when that is not reached.
     """
     values = []
     for name in weights:
@@ -88,7 +89,10 @@ def top_eigenvalues(
             operator.size, 1, generator=_generator(seed, 0), dtype=operator.dtype, device=operator.device
         )
         generator = torch.Generator(operator.device).manual_seed(seed)
-        values.append(extreme_eigenpairs(operator, start, largest=1, generator=generator, tolerance=1e-2).values[0])
+        pairs = extreme_eigenpairs(operator, start, largest=1, generator=generator, tolerance=1e-3, own=True)
+        if not bool(pairs.converged.all()):
+            raise PrismError(f"the largest eigenvalue of {name} is not known to 1 % after {pairs.products} products")
+        values.append(pairs.values[0])
     return torch.stack(values).double()
 
 

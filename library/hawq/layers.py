@@ -1,6 +1,7 @@
 """Layers that can be quantised: finding them, what they cost, and taking batch norm into convolutions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.recipe import to_device
 from library.spectral.differentiation import evaluation_mode
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -52,8 +54,11 @@ def quantizable_layers(model: nn.Module, names: Sequence[str] | None = None) -> 
 
 @torch.no_grad()
 def layer_table(model: nn.Module, inputs: Any, names: Sequence[str] | None = None) -> LayerTable:
-    """The layers of `model`, with multiply-accumulates counted on `inputs` and divided by its number of samples."""
-    layers = quantizable_layers(model, names)
+    """The layers of `model`, with multiply-accumulates counted on `inputs` and divided by its number of samples.
+
+    `inputs` is a tensor, or a mapping or sequence that begins with one. Raises InputError when it has no samples.
+    """
+    layers, samples = quantizable_layers(model, names), _samples(inputs)
     macs = dict.fromkeys(layers, 0)
 
     def counter(name: str):
@@ -67,13 +72,23 @@ def layer_table(model: nn.Module, inputs: Any, names: Sequence[str] | None = Non
     handles = [module.register_forward_hook(counter(name)) for name, module in layers.items()]
     try:
         with evaluation_mode(model):
-            model(inputs)
+            model(to_device(inputs, next(iter(layers.values())).weight.device))
     finally:
         for handle in handles:
             handle.remove()
-    samples = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
     sizes = tuple(module.weight.numel() for module in layers.values())
     return LayerTable(tuple(layers), sizes, tuple(macs[name] // samples for name in layers))
+
+
+def _samples(inputs: Any) -> int:
+    """The number of samples in a batch of inputs, at least 1."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    first = inputs if isinstance(inputs, Tensor) else next(iter(values), None)
+    if not isinstance(first, Tensor) or not first.ndim or not len(first):
+        raise InputError(
+            "inputs: a tensor, or a mapping or sequence that begins with one, of at least one sample is needed"
+        )
+    return len(first)
 
 
 @torch.no_grad()
@@ -81,30 +96,27 @@ def fold_batch_norm(model: nn.Module, inputs: Any) -> list[str]:
     """Take every batch norm that directly follows a convolution into it, in place; names of the convolutions.
 
     w' = w gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; the batch norm becomes an identity.
-    Which follows which is seen from one evaluation-mode pass over `inputs`. Raises InputError when the outputs then
-    differ, which happens where a convolution's output is also used elsewhere.
+    Which follows which is seen from one evaluation-mode pass over `inputs`. Raises InputError when the outputs would
+    differ, which happens where a convolution's output is also used elsewhere; the model is then left as it was.
     """
     with evaluation_mode(model):
         before = model(inputs)
         pairs = _convolution_norm_pairs(model, inputs)
-        for convolution, norm, place in pairs.values():
-            _fold(convolution, norm)
-            parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
-        after = model(inputs)
+        after = _fold_pairs(deepcopy(model), pairs)(inputs)
     if not bool((after - before).abs().max() <= FOLDED_AGREEMENT * before.abs().max()):
         raise InputError(
             f"folding batch norm changed the outputs by {float((after - before).abs().max()):.3g}: a convolution's "
             "output is used beside its batch norm, so that this network cannot be folded"
         )
+    _fold_pairs(model, pairs)
     return list(pairs)
 
 
-def _convolution_norm_pairs(model: nn.Module, inputs: Any) -> dict[str, tuple[nn.Module, nn.Module, str]]:
-    """Convolution, the batch norm whose input is its output, and the norm's name; by the convolution's name."""
+def _convolution_norm_pairs(model: nn.Module, inputs: Any) -> dict[str, str]:
+    """The name of the batch norm whose input is a convolution's output, by the convolution's name."""
     outputs: dict[int, str] = {}
     kept: list[Tensor] = []  # so that no address is used twice
-    pairs: dict[str, tuple[nn.Module, nn.Module, str]] = {}
+    pairs: dict[str, str] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -121,7 +133,7 @@ def _convolution_norm_pairs(model: nn.Module, inputs: Any) -> dict[str, tuple[nn
                 if source is not None:
                     if norm.running_var is None:
                         raise InputError(f"batch norm {name!r} keeps no running statistics, so it cannot be folded")
-                    pairs[source] = (model.get_submodule(source), norm, name)
+                    pairs[source] = name
 
             handles.append(module.register_forward_pre_hook(consumed))
     try:
@@ -130,6 +142,14 @@ def _convolution_norm_pairs(model: nn.Module, inputs: Any) -> dict[str, tuple[nn
         for handle in handles:
             handle.remove()
     return pairs
+
+
+def _fold_pairs(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
+    for convolution, norm in pairs.items():
+        _fold(model.get_submodule(convolution), model.get_submodule(norm))
+        parent, _, child = norm.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+    return model
 
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> None:

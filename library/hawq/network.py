@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.errors import InputError
 from library.hawq.activations import ActivationQuantizer, ActivationSettings
 from library.hawq.costs import BitChoice
-from library.hawq.layers import quantizable_layers
+from library.hawq.layers import QUANTIZABLE, quantizable_layers
 from library.hawq.plan import BitPlan
 from library.hawq.quantizers import Grid, WeightQuantizer, straight_through
 from library.spectral.differentiation import evaluation_mode
@@ -36,9 +36,10 @@ class QuantizedLayer(nn.Module):
     ) -> "QuantizedLayer":
         """Set the bits; inputs stay in full precision when `activations` is None."""
         self.bits, self.quantizer = choice, quantizer
-        self.input = ActivationQuantizer(choice.activation, activations) if activations else None
+        made = ActivationQuantizer(choice.activation, activations) if activations else None
+        self.input = made and made.fit(self.weight)
         self.held = False
-        self.register_buffer("active", torch.ones((), dtype=torch.uint8))
+        self.register_buffer("active", torch.ones((), dtype=torch.uint8, device=self.weight.device))
         return self
 
     def hold(self) -> None:
@@ -56,7 +57,7 @@ class QuantizedLayer(nn.Module):
             return (x if self.input is None else self.input(x)), self.weight, self.bias
         grid = self.quantizer.grid(self.weight, self.bits.weight)
         values = grid.values(grid.integers(self.quantizer.rows(self.weight.detach())))
-        weight = straight_through(self.weight, values.reshape(self.weight.shape))
+        weight = straight_through(self.weight, values.reshape(self.weight.shape).to(self.weight.dtype))
         if self.input is None:
             return x, weight, self.bias
         return self.input(x), weight, self.rounded_bias(grid)
@@ -113,7 +114,7 @@ def quantize(
 
     Layers that the plan does not name stay as they are. With `activations` the named layers' inputs are quantised too,
     in static ranges that are observed on the `calibration` inputs. Raises InputError for names that are no layers,
-    bits that are not allowed, or activations without calibration.
+    bits that are not allowed, layers that share one weight, or activations without calibration.
 
     >>> from library.images import image_network
     >>> small = quantize(image_network("cnn8"), {"head": 4})
@@ -133,14 +134,26 @@ def converted(
     quantizer: WeightQuantizer | None,
     activations: ActivationSettings | None,
 ) -> nn.Module:
-    """The same model with the named layers turned into quantised ones, in place; ranges are not known yet."""
+    """The same model with the named layers turned into quantised ones, in place; ranges are not known yet.
+
+    Raises InputError for a kind of layer that is not known, and for one that shares its weight with another layer.
+    """
     for name, layer in quantizable_layers(model, list(choices)).items():
         kind = next((made for base, made in KINDS.items() if type(layer) is base), None)
         if kind is None:
             raise InputError(f"layer {name!r} is a {type(layer).__name__}, a kind that is not known; leave it out")
+        _require_own_weight(model, name, layer)
         layer.__class__ = kind
         layer.prepare(choices[name], quantizer or WeightQuantizer(), activations)
     return model
+
+
+def _require_own_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
+    for other, module in model.named_modules():
+        if module is not layer and isinstance(module, QUANTIZABLE) and module.weight is layer.weight:
+            raise InputError(
+                f"layers {name!r} and {other!r} share one weight; leave {name!r} out, or give each its own"
+            )
 
 
 def plan_choices(plan: BitPlan | Mapping[str, int | BitChoice]) -> dict[str, BitChoice]:

@@ -58,7 +58,11 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
         scales.append(made.scale.float())
         zeros.append(made.zero.int())
     others = [value.detach().float().cpu().flatten() for value in (_others(model) | _rounded_biases(model)).values()]
-    tensors = {"integers": torch.cat(integers), "scales": torch.cat(scales), "floats": torch.cat(others)}
+    tensors = {
+        "integers": torch.cat([torch.empty(0, dtype=torch.uint8), *integers]),
+        "scales": torch.cat([torch.empty(0), *scales]),
+        "floats": torch.cat([torch.empty(0), *others]),
+    }
     symmetric = all(layer.quantizer.symmetric for layer in quantized_layers(model).values())
     return tensors if symmetric else tensors | {"zeros": torch.cat(zeros)}
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from library.errors import InputError
-from library.hawq.costs import attainable, checked_table, joined
+from library.hawq.costs import attainable, checked_table, joined, rounded_limit
 
 AT_ONCE = 1 << 12  # sums omega + mu cost that are made in one go
 CELLS = 1 << 18  # integer costs up to this many multiples of their divisor are tabulated, larger lists are thinned
@@ -66,9 +66,9 @@ class Frontier:
     def choose(self, limit: float) -> Selection:
         """The point of least Omega whose cost is at most `limit`, with its certificate.
 
-        Raises InputError that says which limits can be met when none of the settings is that cheap.
+        Raises InputError for NaN, and when none of the settings is that cheap: it says which limits can be met.
         """
-        place = int(np.searchsorted(self.cost, limit * (1 + 1e-12), "right")) - 1
+        place = int(np.searchsorted(self.cost, rounded_limit(limit), "right")) - 1
         if place < 0:
             _, cost, allowed = self._table
             low, high = attainable(cost, allowed)
@@ -136,6 +136,8 @@ def lagrangian_bound(omega: np.ndarray, cost: np.ndarray, allowed: np.ndarray, l
     both = allowed[:, :, None] & allowed[:, None, :] & (run > 0) & (rise > 0)
     slopes = np.sort(np.append(rise[both] / run[both], 0.0))
     masked = np.where(allowed, omega, np.inf)
+    if limit == np.inf:
+        return float(masked.min(1).sum())
     together = max(4, AT_ONCE // cost.size)  # with four places the next step has fewer slopes
     while True:
         places = np.linspace(0, len(slopes) - 1, min(together, len(slopes))).astype(np.intp)

@@ -1,14 +1,15 @@
 """From sensitivities to bits: the frontier of a network's settings, and the plan that a budget picks from it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 
 from library.errors import InputError
-from library.hawq.costs import BitChoice, bops_costs, size_costs
+from library.hawq.costs import BitChoice, bops_costs, numbers, size_costs
 from library.hawq.layers import LayerTable
 from library.hawq.pareto import Frontier, Selection
 from library.hawq.pareto import frontier as exact_frontier
@@ -27,7 +28,7 @@ class Budget(BaseModel, frozen=True, extra="forbid"):
     """Model size in bits, bit operations (multiply-accumulates x weight bits x input bits), or measured latency."""
     fraction: float = Field(0.375, gt=0, le=1)
     """Share of the cost of the setting with the most bits everywhere."""
-    latency: tuple[tuple[float, ...], ...] = ()
+    latency: tuple[tuple[FiniteFloat, ...], ...] = ()
     """For kind=latency: seconds of each layer (rows) at each choice of bits (columns)."""
 
     def costs(self, layers: LayerTable, choices: Sequence[BitChoice]) -> np.ndarray:
@@ -36,7 +37,7 @@ class Budget(BaseModel, frozen=True, extra="forbid"):
             return size_costs(layers.n_params, choices)
         if self.kind == "bops":
             return bops_costs(layers.macs, choices)
-        table = np.array(self.latency, np.float64)
+        table = numbers(self.latency, "latency")
         if table.shape != (len(layers.names), len(choices)):
             raise InputError(
                 f"latency: a table of {len(layers.names)} layers x {len(choices)} choices is needed, got {table.shape}"
@@ -95,9 +96,11 @@ class BitFrontier:
     def plan(self, fraction: float | None = None) -> BitPlan:
         """The least sensitive setting within a share of the cost of the most bits; the budget's when it is None.
 
-        Raises InputError with the shares that can be met.
+        Raises InputError with the shares that can be met, and for NaN.
         """
         share = self.budget.fraction if fraction is None else fraction
+        if math.isnan(share):
+            raise InputError(f"budget fraction must be a number, got {share}")
         try:
             chosen = self.frontier.choose(share * self.most)
         except InputError as error:
@@ -156,10 +159,13 @@ def plan_within(
 def explicit_plan(
     sensitivity: "Sensitivity", bits: Sequence[int] | Sequence[BitChoice], *, activation: int = 8
 ) -> BitPlan:
-    """The plan of given bits, one entry per layer. Raises InputError for another number of them."""
+    """The plan of given bits, one entry per layer. Raises InputError for another number of them, or for fractions."""
     layers = sensitivity.layers
     if len(bits) != len(layers.names):
         raise InputError(f"{len(bits)} bit numbers for {len(layers.names)} layers: {', '.join(layers.names)}")
+    broken = [entry for entry in bits if not isinstance(entry, BitChoice) and entry != int(entry)]
+    if broken:
+        raise InputError(f"bits must be whole numbers, got {broken[0]}")
     given = tuple(entry if isinstance(entry, BitChoice) else BitChoice(int(entry), activation) for entry in bits)
     kinds = list(dict.fromkeys(given))
     table = sensitivity.table(kinds)

@@ -1,13 +1,19 @@
 """The selection under several budgets at once, as an integer linear programme."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from library.errors import InputError, PrismError
-from library.hawq.costs import attainable, checked_table, joined
-from library.hawq.pareto import Selection, lagrangian_bound
+from library.hawq.costs import attainable, checked_table, joined, rounded_limit
+from library.hawq.pareto import CELLS, Selection, lagrangian_bound
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+TOLERANCE = 2e-6  # by which the solver may exceed a limit, relative
 
 
 def select(
@@ -20,9 +26,11 @@ def select(
 ) -> Selection:
     """The choice of least sum_i omega[i, c_i] with sum_i costs[k][i, c_i] <= limits[k] for every budget k.
 
-    Exact, by branch and bound (HiGHS, through `scipy.optimize.milp`). `cost`, `limit` and `lower_bound` of the
-    result are those of the first budget. Raises InputError for budgets that cannot be met, naming the attainable
-    interval of each. Source: HAWQ-V3, Yao et al., 2021, section 3.4.
+    Branch and bound (HiGHS, through `scipy.optimize.milp`) meets the limits and ends only within tolerances. So its
+    setting is checked against the limits, and every setting that could still beat it is gone through, layer by layer;
+    `exact` is false when those are more than 2^18 at a time. `cost`, `limit` and `lower_bound` of the result are those
+    of the first budget. Raises InputError for budgets that cannot be met, naming the attainable interval of each.
+    Source: HAWQ-V3, Yao et al., 2021, section 3.4.
     """
     if not limits or limits.keys() != costs.keys():
         raise InputError(f"limits are for {', '.join(limits) or 'nothing'}, costs for {', '.join(costs) or 'nothing'}")
@@ -30,53 +38,167 @@ def select(
     values, _, permitted = next(iter(tables.values()))
     values, group = joined(values, ties)
     may = np.logical_not(joined(~permitted, ties)[0])
-    prices = {name: joined(table[1], ties)[0].astype(np.float64) for name, table in tables.items()}
     if not may.any(1).all():
         raise InputError("ties: layers that must share bits have no choice in common")
-    rows = np.arange(len(values))
-    choice = _least(values, prices, limits, may)
-    while True:  # the solver's gap is absolute: leave out what costs more alone than all layers of the incumbent
-        total = values[rows, choice].sum()
-        left = may & (values <= total)
-        if not total > 0 or values[left].max() >= values[may].max() / 2:
-            break
-        may, choice = left, _least(values, prices, limits, left)
-    first = next(iter(limits))
+    prices = np.stack([joined(tables[name][1], ties)[0] for name in limits]).astype(np.float64)
+    bounds = np.array([rounded_limit(limits[name], f"limit of {name}") for name in limits])
+    bounds = np.clip(bounds, -1, 2 * prices.max(2).sum(1))  # beyond these a limit is as good as infinite
+    problem = _Problem(values - np.where(may, values, np.inf).min(1, keepdims=True), prices, bounds, may)
+    near = _near(problem)
+    choice, exact = (None, True) if near is None and _solved(problem, 0.0) is None else _best(problem, near)
+    if choice is None and exact:
+        ranges = [
+            f"{name} {limits[name]:.6g} of {low:.6g} to {high:.6g}"
+            for name, (low, high) in ((name, attainable(cost, may)) for name, cost in zip(limits, prices, strict=True))
+        ]
+        raise InputError(f"no setting meets the limits together: {'; '.join(ranges)}")
+    if choice is None:
+        raise PrismError("the integer programme was not solved: no setting was found within the solver's tolerance")
+    rows, first = np.arange(len(values)), next(iter(limits))
     return Selection(
         choice=choice[group],
         omega=float(values[rows, choice].sum()),
-        cost=float(prices[first][rows, choice].sum()),
+        cost=float(prices[0][rows, choice].sum()),
         limit=float(limits[first]),
-        lower_bound=lagrangian_bound(values, prices[first], may, limits[first]),
-        exact=True,
+        lower_bound=lagrangian_bound(values, prices[0], may, limits[first]),
+        exact=exact,
     )
 
 
-def _least(
-    values: np.ndarray, prices: Mapping[str, np.ndarray], limits: Mapping[str, float], may: np.ndarray
-) -> np.ndarray:
-    """The solver's choice for each group."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+class _Problem(NamedTuple):
+    """Omega above each group's least (groups, choices), costs (budgets, groups, choices), limits, allowed choices."""
 
-    groups, choices = values.shape
-    constraints = [LinearConstraint(csr_array(np.kron(np.eye(groups), np.ones((1, choices)))), 1, 1)]
-    for name, limit in limits.items():
-        unit = max(abs(limit), np.finfo(np.float64).tiny)
-        constraints.append(LinearConstraint(prices[name].reshape(1, -1) / unit, -np.inf, limit / unit * (1 + 1e-12)))
+    values: np.ndarray
+    prices: np.ndarray
+    limits: np.ndarray
+    may: np.ndarray
+
+    def total(self, choice: np.ndarray) -> float:
+        return float(self.values[np.arange(len(choice)), choice].sum())
+
+    def holds(self, choice: np.ndarray) -> bool:
+        return bool((self.prices[:, np.arange(len(choice)), choice].sum(1) <= self.limits).all())
+
+
+def _near(problem: _Problem) -> np.ndarray | None:
+    """A setting within the limits, the best but for the solver's tolerances; None where they hide all of them."""
+    choice = next(
+        (
+            found
+            for slack in (0.0, TOLERANCE)
+            if (found := _solved(problem, slack)) is not None and problem.holds(found)
+        ),
+        None,
+    )
+    while choice is not None:  # the gap is absolute: leave out what costs more alone than all layers of this setting
+        left = problem.may & (problem.values <= problem.total(choice))
+        if not problem.values[left].max() < problem.values[problem.may].max() / 2:
+            break
+        problem = problem._replace(may=left)
+        better = _solved(problem, 0.0)
+        if better is None or not problem.holds(better) or problem.total(better) > problem.total(choice):
+            break
+        choice = better
+    return choice
+
+
+def _solved(problem: _Problem, slack: float) -> np.ndarray | None:
+    """The solver's choice for each group, with limits lowered by a share `slack`; None when it finds none."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    weights, matrix, limits = _scaled(problem)
+    one_each = LinearConstraint(_memberships(problem.may.shape), 1, 1)
     found = milp(
-        np.where(may, values, 0).ravel() / (values[may].max() or 1.0),
-        constraints=constraints,
-        bounds=Bounds(0, may.ravel().astype(float)),
-        integrality=np.ones(values.size),
+        weights,
+        constraints=[one_each, LinearConstraint(matrix, -np.inf, limits - slack * np.abs(limits))],
+        bounds=Bounds(0, problem.may.ravel().astype(float)),
+        integrality=np.ones(problem.may.size),
         options={"mip_rel_gap": 0.0},
     )
     if found.status == 2:
-        ranges = [
-            f"{name} {limits[name]:.6g} of {low:.6g} to {high:.6g}"
-            for name, (low, high) in ((name, attainable(cost, may)) for name, cost in prices.items())
-        ]
-        raise InputError(f"no setting meets the limits together: {'; '.join(ranges)}")
+        return None
     if not found.success:
         raise PrismError(f"the integer programme was not solved: {found.message}")
-    return found.x.reshape(groups, choices).argmax(1)
+    return found.x.reshape(problem.may.shape).argmax(1)
+
+
+def _best(problem: _Problem, known: np.ndarray | None) -> tuple[np.ndarray | None, bool]:
+    """The best setting, and whether that is proven, going through all that may beat a `known` one.
+
+    With prices mu of the budgets a choice costs r = Omega + mu cost - (the group's least of it) >= 0, and a setting
+    has Omega >= dual bound + sum of r: partial settings that exceed the known total are left out, and so are those
+    that cannot meet a limit any more. Of equal costs the least Omega is kept.
+    """
+    if known is not None:
+        problem = problem._replace(may=problem.may & (problem.values <= problem.total(known)))
+    mu = _multipliers(problem)
+    reduced = np.where(problem.may, problem.values + np.tensordot(mu, problem.prices, 1), np.inf)
+    least = reduced.min(1)
+    room = np.inf if known is None else problem.total(known) - (least.sum() - mu @ problem.limits)
+    room += 1e-12 * (least.sum() + mu @ problem.limits)
+    ahead = np.where(problem.may, problem.prices, np.inf).min(2)
+    ahead = ahead.sum(1, keepdims=True) - ahead.cumsum(1)  # the least that the later groups cost
+    omega, excess, cost, trail, exact = np.zeros(1), np.zeros(1), np.zeros((len(mu), 1)), [], True
+    for group, may in enumerate(problem.may):
+        options, count = np.flatnonzero(may), len(omega)
+        omega = (omega + problem.values[group, options, None]).ravel()
+        excess = (excess + (reduced[group, options, None] - least[group])).ravel()
+        cost = (cost[:, None] + problem.prices[:, group, options, None]).reshape(len(mu), -1)
+        within = (cost + ahead[:, group, None] <= problem.limits[:, None] + 1e-9 * np.abs(problem.limits[:, None])).all(
+            0
+        )
+        kept = np.flatnonzero(within & (excess <= room))
+        kept = kept[np.lexsort((omega[kept], *cost[:, kept]))]
+        kept = kept[np.append(True, (np.diff(cost[:, kept]) != 0).any(0))[: len(kept)]]
+        if len(kept) > CELLS:
+            exact, kept = False, kept[np.argpartition(excess[kept], CELLS)[:CELLS]]
+        trail.append((options[kept // count], kept % count))
+        omega, excess, cost = omega[kept], excess[kept], cost[:, kept]
+    good = np.flatnonzero((cost <= problem.limits[:, None]).all(0))
+    if not len(good) or (known is not None and omega[good].min() >= problem.total(known)):
+        return known, exact
+    state, choice = good[omega[good].argmin()], []
+    for options, parents in reversed(trail):
+        choice.append(options[state])
+        state = parents[state]
+    return np.array(choice[::-1]), exact
+
+
+def _multipliers(problem: _Problem) -> np.ndarray:
+    """The prices mu >= 0 of the budgets in the linear relaxation; any are valid, these prove most."""
+    from scipy.optimize import linprog
+
+    weights, matrix, limits = _scaled(problem)
+    found = linprog(
+        weights,
+        A_ub=matrix,
+        b_ub=limits,
+        A_eq=_memberships(problem.may.shape),
+        b_eq=np.ones(len(problem.may)),
+        bounds=np.stack([np.zeros(problem.may.size), problem.may.ravel()], 1),
+    )
+    if not found.success:
+        return np.zeros(len(problem.limits))
+    return np.maximum(0, -found.ineqlin.marginals) * _largest(problem) / _units(problem)
+
+
+def _scaled(problem: _Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Objective, rows and limits of the programme, of about unit size."""
+    units = _units(problem)
+    weights = np.where(problem.may, problem.values, 0).ravel() / _largest(problem)
+    return weights, problem.prices.reshape(len(units), -1) / units[:, None], problem.limits / units
+
+
+def _largest(problem: _Problem) -> float:
+    return float(problem.values[problem.may].max()) or 1.0
+
+
+def _units(problem: _Problem) -> np.ndarray:
+    units = np.maximum(np.abs(problem.limits), 1e-9 * problem.prices.max((1, 2)))
+    return np.where(units > 0, units, 1.0)
+
+
+def _memberships(shape: tuple[int, int]) -> "csr_array":
+    from scipy.sparse import csr_array
+
+    return csr_array(np.kron(np.eye(shape[0]), np.ones((1, shape[1]))))

@@ -1,12 +1,13 @@
 """Uniform quantisers of weights: their grids, their integers, their error for every bit number at once.
 
 A weight of shape (out, ...) is seen as rows: one per output channel, or a single one for the whole tensor. With scale
-s and zero point z of a row, an entry w becomes q = clamp(round(w / s) + z, low, high) and stands for s (q - z);
-rounding is to the nearest, halves to even.
+s and zero point z of a row, an entry w becomes q = clamp(round((1/s) w) + z, low, high) and stands for s (q - z);
+rounding is to the nearest, halves to even. The reciprocal is the published code's form and decides exact halves.
 """
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class Grid(NamedTuple):
 
     def integers(self, rows: Tensor) -> Tensor:
         """The integers, as floats, of entries (rows, n); shape (..., rows, n)."""
-        return torch.clamp(torch.round(rows / self.scale) + self.zero, self.low, self.high)
+        return torch.clamp(torch.round(rows * (1 / self.scale)) + self.zero, self.low, self.high)
 
     def values(self, integers: Tensor) -> Tensor:
         """What the integers stand for."""
@@ -74,7 +75,7 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
     >>> weight = torch.tensor([[0.3, -0.7, 1.0], [0.0, 0.2, 0.1]])
     >>> WeightQuantizer().quantize(weight, 3).integers
     tensor([[ 1, -2,  3],
-            [ 0,  3,  2]], dtype=torch.int32)
+            [ 0,  3,  1]], dtype=torch.int32)
     """
 
     granularity: Literal["channel", "tensor"] = "channel"
@@ -92,34 +93,39 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
         rows = self.rows(weight.detach())
         grid = self._spread(self._range(rows), several)
         if self.clipping == "mse":
-            ranges = [tuple(edge * fraction for edge in self._range(rows)) for fraction in CLIP_FRACTIONS.tolist()]
-            grids = [self._spread(edges, several) for edges in ranges]
+            edges = self._range(rows)
+            ranges = [tuple(edge * fraction for edge in edges) for fraction in CLIP_FRACTIONS.tolist()]
+            grids = [self._spread(tried, several) for tried in ranges]
             best = torch.stack([tried.row_errors(rows) for tried in grids]).argmin(0, keepdim=True).unsqueeze(-1)
             scale, zero = (torch.stack([tried[part] for tried in grids]).gather(0, best)[0] for part in (0, 1))
             grid = grid._replace(scale=scale, zero=zero)
         return grid if isinstance(bits, Sequence) else Grid(*(part[0] for part in grid))
 
     def quantize(self, weight: Tensor, bits: int) -> IntegerWeight:
-        """The integers of a weight, its scales and zero points. Raises InputError for bits outside 2 to 16."""
+        """The integers of a weight, its scales and zero points.
+
+        Raises InputError for bits outside 2 to 16, and for NaN or infinity.
+        """
+        _require_finite(weight)
         grid = self.grid(weight, bits)
         integers = grid.integers(self.rows(weight.detach())).reshape(weight.shape).to(torch.int32)
-        return IntegerWeight(integers, grid.scale.flatten(), grid.zero.flatten(), bits)
+        return IntegerWeight(integers, grid.scale.flatten(), grid.zero.flatten(), int(bits))
 
     def fake(self, weight: Tensor, bits: int) -> Tensor:
         """The weight as its integers stand for it; the gradient passes straight through, the grid being constant."""
         grid = self.grid(weight, bits)
         rows = self.rows(weight.detach())
-        return straight_through(weight, grid.values(grid.integers(rows)).reshape(weight.shape))
+        return straight_through(weight, grid.values(grid.integers(rows)).reshape(weight.shape).to(weight.dtype))
 
     @torch.no_grad()
     def squared_errors(self, weight: Tensor, bits: Sequence[int]) -> Tensor:
         """||Q_b(W) - W||^2 for every bit number in one pass: float64 (bits,). Raises InputError for NaN or infinity."""
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError("a weight has entries that are not finite")
+        _require_finite(weight)
         return self.grid(weight, bits).row_errors(self.rows(weight)).sum(-1)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The weight as (output channels, n), or (1, n) for one scale in all."""
+        """The weight as (output channels, n), or (1, n) for one scale in all; half precision becomes float32."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return weight.reshape(len(weight), -1) if self.granularity == "channel" else weight.reshape(1, -1)
 
     def _range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,10 +166,21 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def _bit_numbers(bits: int | Sequence[int], weight: Tensor) -> list[int]:
+def bit_numbers(bits: int | Sequence[int], name: str = "bits") -> list[int]:
+    """One bit number or several as a list. Raises InputError when one is not a whole number from 2 to 16."""
     several = list(bits) if isinstance(bits, Sequence) else [bits]
-    if not several or not all(isinstance(b, int) and 2 <= b <= 16 for b in several):
-        raise InputError(f"bits must be whole numbers from 2 to 16, got {bits}")
+    if not several or not all(isinstance(b, Integral) and 2 <= b <= 16 for b in several):
+        raise InputError(f"{name} must be whole numbers from 2 to 16, got {bits}")
+    return [int(b) for b in several]
+
+
+def _require_finite(weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError("a weight has entries that are not finite")
+
+
+def _bit_numbers(bits: int | Sequence[int], weight: Tensor) -> list[int]:
+    several = bit_numbers(bits)
     if weight.numel() == 0:
         raise InputError(f"a weight of shape {tuple(weight.shape)} has no entries to quantise")
     return several

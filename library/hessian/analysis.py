@@ -47,7 +47,8 @@ def analyze(
 ) -> HessianReport:
     """The Hessian spectrum of `loss(model(input), target)` over `data`: bulk, outliers, their origin, the layers.
 
-    Up to `exact_below` parameters the matrices are formed and diagonalised. Above, the `top` largest eigenpairs (by
+    Up to `exact_below` parameters, or where nearly all eigenpairs are asked for, the matrices are formed and
+    diagonalised. Above, the `top` largest eigenpairs (by
     default 2 k + 3 for k classes, else 12) and two smallest are found to a relative residual of `tolerance`, taken out,
     and the rest is estimated by `steps` steps of Lanczos from `probes` random vectors; traces come from the same number
     of probes, all with standard errors. The decomposition H = G + R needs a tensor as output (`gauss_newton` switches
@@ -78,7 +79,7 @@ def analyze(
     notes = []
     if hessian.dtype != torch.float64:
         notes.append(f"float32: eigenvalues below {FLOAT32_FLOOR:g} of the largest are rounding; use model.double()")
-    if hessian.size <= exact_below:
+    if hessian.size <= max(exact_below, wanted + 2):
         found = _exact(hessian, newton, wanted)
     else:
         watch = _Watch(notify)
@@ -141,7 +142,7 @@ def _exact(hessian: Hessian, newton: GaussNewton | None, wanted: int) -> dict[st
     if newton is not None:
         g = dense_matrix(newton)
         found["gauss_newton"] = _pairs(*torch.linalg.eigh(g), wanted)
-        found["residual_share"] = float((h - g).norm() / h.norm())
+        found["residual_share"] = _share((h - g).norm(), h.norm())
     return found
 
 
@@ -182,15 +183,18 @@ def _estimated(
         "layers": deflated_traces(hessian, pairs, random, images),
     }
     if newton is not None:
+        # H's eigenvectors are near G's, yet may be orthogonal to some of them: random columns are not
+        others = hessian.probes(wanted, generator=draw) / hessian.size**0.5
+        start = torch.cat([found["top"].vectors, others], 1)
         found["gauss_newton"] = extreme_eigenpairs(
             watch(newton, "Gauss-Newton eigenvalues"),
-            found["top"].vectors,
+            start,
             largest=wanted,
             generator=draw,
             tolerance=tolerance,
         )
         residual = (images - newton(random)).square().sum(0).mean()
-        found["residual_share"] = float((residual / found["square"].value).sqrt())
+        found["residual_share"] = _share(residual.sqrt(), found["square"].value.sqrt())
     return found
 
 
@@ -217,6 +221,11 @@ class _Watch:
             return image
 
         return counted
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """||R|| / ||H||; a zero R is no share of a zero H."""
+    return float(part / whole) if float(part) else 0.0
 
 
 def _scaled(estimate: Estimate, size: int) -> Estimate:

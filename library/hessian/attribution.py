@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library import collective
 from library.errors import InputError
 from library.spectral.operators import GaussNewton
 
@@ -34,16 +35,19 @@ class Attribution:
 def class_means(operator: GaussNewton, classes: int) -> Tensor:
     """The means g_{c,c'} as (n, k, k): parameters, true class c, possible label c'. Zero for a class without samples.
 
+    Over the samples of all workers.
+
     The operator's loss must be cross-entropy of outputs (N, k) and labels (N,); InputError for other outputs or a
     label outside 0..k-1.
     """
-    counts = torch.zeros(classes, dtype=operator.dtype, device=operator.device)
-    units = 0
+    counts = torch.zeros(classes + 1, dtype=torch.int64, device=operator.device)  # the last is for wrong labels
     for _, target in operator.batches():
-        if target.ndim != 1 or target.is_floating_point() or int(target.min()) < 0 or int(target.max()) >= classes:
-            raise InputError(f"class attribution needs integer labels (N,) in 0..{classes - 1}")
-        counts += torch.bincount(target, minlength=classes)
-        units += len(target)
+        right = target.ndim == 1 and not target.is_floating_point()
+        labels = target.long() if right else target.new_full((len(target),), classes, dtype=torch.int64)
+        counts += torch.where((labels < 0) | (labels > classes), classes, labels).bincount(minlength=classes + 1)
+    counts, wrong = collective.all_sum(counts).split([classes, 1])
+    if int(wrong):
+        raise InputError(f"class attribution needs integer labels (N,) in 0..{classes - 1}")
 
     def seeds(output: Tensor, target: Tensor) -> Tensor:
         if output.shape[1:] != (classes,):
@@ -54,7 +58,8 @@ def class_means(operator: GaussNewton, classes: int) -> Tensor:
         return torch.einsum("ic,ids->cdis", members, slopes).flatten(0, 1)
 
     means = operator.pull_back(seeds, classes * classes).unflatten(1, (classes, classes))
-    return means * (units / counts.clamp(min=1))[:, None]
+    counts = counts.to(means)
+    return means * (counts.sum() / counts.clamp(min=1))[:, None]
 
 
 def attribute(vectors: Tensor, means: Tensor) -> Attribution:

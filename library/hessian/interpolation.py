@@ -3,16 +3,17 @@
 Source: the line test of Goodfellow, Vinyals, Saxe, 2015; Keskar et al., 2017, for large and small batches.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.errors import InputError
+from library.errors import InputError, NonFiniteError
 from library.recipe import to_device
 from library.spectral.differentiation import evaluation_mode
+from library.spectral.operators import as_batches, as_pair, output_and_loss
 
 Weights = Mapping[str, Tensor]
 
@@ -29,19 +30,30 @@ class Line:
     def barrier(self) -> float:
         """max over 0 <= a <= 1 of L(a) - [(1 - a) L(0) + a L(1)]: how far the line rises above its chord, at least 0.
 
-        The chord joins the positions nearest to the two states.
+        The chord joins the positions nearest to the two states. Raises InputError when fewer than two positions lie
+        between the states, and NonFiniteError for a loss there that is not finite.
         """
-        inside = (self.positions > -1e-9) & (self.positions < 1 + 1e-9)
-        at, losses = self.positions[inside], self.losses[inside]
+        at, losses = self._inside()
         chord = losses[0] + (losses[-1] - losses[0]) * (at - at[0]) / (at[-1] - at[0])
         return float((losses - chord).max().clamp(min=0))
 
     @property
     def monotone(self) -> bool:
-        """Whether the loss never turns from one state to the other, up to rounding."""
-        steps = self.losses[(self.positions > -1e-9) & (self.positions < 1 + 1e-9)].diff()
+        """Whether the loss never turns from one state to the other, up to rounding. Raises as `barrier` does."""
+        steps = self._inside()[1].diff()
         slack = 1e-6 * float(self.losses.abs().max())
         return bool((steps <= slack).all() or (steps >= -slack).all())
+
+    def _inside(self) -> tuple[Tensor, Tensor]:
+        """Positions and losses between the two states."""
+        inside = (self.positions > -1e-9) & (self.positions < 1 + 1e-9)
+        if int(inside.sum()) < 2:
+            raise InputError(
+                "the line has fewer than 2 points between its states; take more points, or less beyond them"
+            )
+        if not bool(torch.isfinite(self.losses[inside]).all()):
+            raise NonFiniteError("a loss between the line's two states is not finite")
+        return self.positions[inside], self.losses[inside]
 
 
 def interpolate(
@@ -90,9 +102,11 @@ def plane(
 ) -> tuple[Tensor, Tensor]:
     """Losses (points, points) on the plane through three states, and the coordinates (points,) of both its axes.
 
-    Entry (i, j) is at w0 + x_i (w1 - w0) + x_j (w2 - w0); the axes reach `margin` beyond 0 and 1.
+    Entry (i, j) is at w0 + x_i (w1 - w0) + x_j (w2 - w0); the axes reach `margin` beyond 0 and 1. Raises InputError for
+    states that do not fit the model.
     """
     origin, right, up = corners
+    _require_states(model, corners)
     places = torch.linspace(-margin, 1 + margin, points, dtype=torch.float64)
     losses = torch.empty(points, points, dtype=torch.float64)
     for i, x in enumerate(places):
@@ -105,14 +119,21 @@ def plane(
 
 def _between(model: nn.Module, first: Weights, last: Weights, position: float) -> dict[str, Tensor]:
     """The parameters at a place on the line; what is not a parameter is left to the model."""
+    _require_states(model, (first, last))
+    return {
+        name: torch.lerp(first[name].to(value), last[name].to(value), position)
+        for name, value in model.named_parameters()
+    }
+
+
+def _require_states(model: nn.Module, states: Sequence[Weights]) -> None:
     names = dict(model.named_parameters())
-    missing = sorted(names.keys() - (first.keys() & last.keys()))
+    missing = sorted(names.keys() - set.intersection(*(set(state) for state in states)))
     if missing:
         raise InputError(f"an end of the line lacks {missing[0]}, which the model has")
     for name, value in names.items():
-        if not value.shape == first[name].shape == last[name].shape:
+        if any(state[name].shape != value.shape for state in states):
             raise InputError(f"{name} has another shape at an end of the line than in the model, {tuple(value.shape)}")
-    return {name: torch.lerp(first[name].to(value), last[name].to(value), position) for name, value in names.items()}
 
 
 @torch.no_grad()
@@ -129,10 +150,10 @@ def _evaluated(
             _renew_statistics(model, normalisation_data, device)
         total, hits, units = 0.0, 0.0, 0
         with evaluation_mode(model):
-            for source, target in data:
-                source, target = to_device((source, target), device)
-                output = model(source)
-                total += float(loss(output, target)) * len(target)
+            for batch in as_batches(data):
+                source, target = to_device(as_pair(batch), device)
+                output, value = output_and_loss(model, loss, source, target)
+                total += float(value) * len(target)
                 units += len(target)
                 labelled = target.ndim == 1 and not target.is_floating_point() and output.ndim == 2
                 hits += float((output.argmax(-1) == target).sum()) if labelled else float("nan")

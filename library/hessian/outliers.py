@@ -32,7 +32,8 @@ def largest_gap(eigenvalues: Tensor, most: int) -> tuple[int, float]:
 
     i = argmax over 1 <= i <= most of log(lambda_i / lambda_{i+1}), the values in falling order and clipped at 1e-12.
     The paper counts by the largest gap; plain differences nearly always find it after the first value. `most` is
-    2 k + 2 for k classes. Raises InputError for fewer than two values or most < 1.
+    2 k + 2 for k classes. Where all these values are equal there is no outlier, and the ratio is 1. Raises InputError
+    for fewer than two values or most < 1.
 
     >>> largest_gap(torch.tensor([5.0, 4.0, 3.0, 0.1, 0.09]), 4)[0]
     3
@@ -42,7 +43,7 @@ def largest_gap(eigenvalues: Tensor, most: int) -> tuple[int, float]:
     falling = eigenvalues.sort(descending=True).values[: most + 1].clamp(min=CLIP)
     ratios = falling[:-1] / falling[1:]
     place = int(ratios.argmax())
-    return place + 1, float(ratios[place])
+    return (0, 1.0) if float(ratios[place]) <= 1 else (place + 1, float(ratios[place]))
 
 
 def above_the_negative_side(eigenvalues: Tensor, factor: float = 2.0) -> int:
@@ -75,9 +76,14 @@ def beyond_the_bulk(spectrum: Quadrature, size: int, resolution: int = 100) -> i
 def count_outliers(spectrum: Quadrature, top: Tensor, lowest: float, size: int, classes: int | None) -> Outliers:
     """All rules at once, from a density, the largest eigenvalues `top` and the smallest one `lowest`.
 
-    Without a number of classes the gap is looked for among all of `top`.
+    Without a number of classes the gap is looked for among all of `top`; a single eigenvalue has none. Those above the
+    negative side are counted in an exact spectrum and in `top`; when all of `top` are above, the density says how many.
     """
     most = min(len(top) - 1, 2 * classes + 2 if classes else math.inf)
-    place, ratio = largest_gap(top, int(most))
+    place, ratio = largest_gap(top, int(most)) if most else (0, 1.0)
     both = torch.cat([top, top.new_tensor([lowest])])
-    return Outliers(place, ratio, above_the_negative_side(both), beyond_the_bulk(spectrum, size))
+    above = above_the_negative_side(both)
+    if spectrum.exact or above == len(top):
+        steep = (spectrum.weights * (spectrum.nodes > 2 * max(0.0, -lowest))).sum(-1).mean()
+        above = max(above, round(size * float(steep)))
+    return Outliers(place, ratio, above, beyond_the_bulk(spectrum, size))

@@ -69,8 +69,8 @@ class HessianReport:
 
     @property
     def effective_rank(self) -> float:
-        """(tr H)^2 / ||H||_F^2: how many equal eigenvalues would give the same trace and norm."""
-        return float(self.trace.value**2 / self.square.value)
+        """(tr H)^2 / ||H||_F^2: how many equal eigenvalues would give the same trace and norm; 0 for H = 0."""
+        return float(self.trace.value**2 / self.square.value) if float(self.square.value) else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Headline numbers by name."""

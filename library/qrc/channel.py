@@ -7,19 +7,22 @@ the whole channel on 4^n numbers has at most 4^(n - m) eigenvalues other than 0:
 With feedback of expectations the step is not linear, and the eigenvalues are those of its Jacobian at the fixed point.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc import gates
+from library.qrc import gates, pauli
+from library.qrc.arnoldi import largest_modulus
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.state import Layout, State, density_matrix, unpack
 from library.qrc.steps import Steps
 
 ZERO = 1e-9  # eigenvalues of this modulus or less carry nothing over a step
 FIXED_POINT_STEPS = 2000
+EXACT_NUMBERS = 256  # of a state, up to which the slowest mode is looked for among all eigenvalues
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Spectrum:
     """Eigenvalues of one step at each of some inputs.
 
     `eigenvalues` complex128 (inputs, modes), largest modulus first, the fixed point's 1 left out. Modes that carry
-    nothing (|lambda| <= 1e-9) have time scale 0.
+    nothing (|lambda| <= 1e-9) have time scale 0. For a period above 1 they are the principal roots of those of a whole
+    period, so that time scales and moduli are of steps there too.
     """
 
     eigenvalues: Tensor
@@ -35,9 +39,7 @@ class Spectrum:
     @property
     def time_scales(self) -> Tensor:
         """-1 / ln |lambda| in steps, (inputs, modes); infinite on the unit circle."""
-        modulus = self.eigenvalues.abs().clamp(max=1.0)
-        scales = -1 / modulus.clamp(min=ZERO).log()
-        return torch.where(modulus > ZERO, scales.abs(), 0.0)
+        return time_scale(self.eigenvalues.abs())
 
     @property
     def periods(self) -> Tensor:
@@ -80,6 +82,8 @@ def channel_spectrum(reservoir: QuantumReservoir, inputs: Tensor) -> Spectrum:
     True
     """
     matrices = step_matrices(reservoir, inputs)
+    if not torch.isfinite(matrices).all():
+        raise InputError("the step's matrix is not finite: its angles are too large; lower sigma, scale or feedback")
     values = torch.linalg.eigvals(matrices)
     order = values.abs().argsort(dim=-1, descending=True, stable=True)
     values = values.gather(-1, order)
@@ -87,7 +91,47 @@ def channel_spectrum(reservoir: QuantumReservoir, inputs: Tensor) -> Spectrum:
         nearest = (values - 1).abs().argmin(-1, keepdim=True)
         kept = torch.ones_like(values, dtype=torch.bool).scatter_(-1, nearest, False)
         values = values[kept].reshape(len(values), -1)
-    return Spectrum(values)
+    return Spectrum(values if reservoir.period == 1 else _root(values, reservoir.period))
+
+
+def slowest_time_scale(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
+    """`channel_spectrum(...).slowest` in steps, (inputs,), by `second_moduli`."""
+    return time_scale(second_moduli(reservoir, inputs))
+
+
+def second_moduli(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
+    """The largest |lambda| per step at each of `inputs` (inputs, channels), the fixed point's 1 left out: (inputs,).
+
+    Where a state has more than 256 numbers it is only stepped, by Arnoldi's method, and the step's matrix is never
+    formed; with noise, whose matrices are formed anyway, it is always taken from all eigenvalues. 0 without memory.
+    Raises InputError as `channel_spectrum`.
+
+    >>> second_moduli(QuantumReservoir(), torch.tensor([[0.5]])).round(decimals=6).tolist()
+    [0.760732]
+    """
+    if Layout.of(reservoir).size <= EXACT_NUMBERS or reservoir.noise is not None:
+        moduli = channel_spectrum(reservoir, inputs).eigenvalues.abs()
+        return moduli.amax(1) if moduli.shape[1] else moduli.sum(1)
+    checked_points(inputs)
+    found = [_second_modulus(reservoir, value) for value in inputs.cpu().double()]
+    moduli = torch.tensor(found, dtype=torch.float64)
+    return torch.where(moduli > ZERO, moduli ** (1 / reservoir.period), 0.0)
+
+
+def time_scale(modulus: Tensor) -> Tensor:
+    """-1 / ln |lambda| of moduli; infinite on the unit circle, 0 for |lambda| <= 1e-9."""
+    scales = -1 / modulus.clamp(ZERO, 1.0).log()
+    return torch.where(modulus > ZERO, scales.abs(), 0.0)
+
+
+def checked_points(inputs: Tensor) -> None:
+    """InputError unless `inputs` are finite and (inputs, channels), at least one of each."""
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"inputs are a {type(inputs).__name__}; allowed: a tensor (inputs, channels)")
+    if inputs.ndim != 2 or 0 in inputs.shape:
+        raise InputError(f"inputs have shape {tuple(inputs.shape)}; allowed: (inputs, channels), none of them 0")
+    if not torch.isfinite(inputs).all():
+        raise InputError(f"inputs: {int((~torch.isfinite(inputs)).sum())} are not finite; give numbers")
 
 
 def step_matrices(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
@@ -97,6 +141,7 @@ def step_matrices(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
     """
     if _is_linear(reservoir):
         return transfer_matrices(reservoir, inputs)
+    checked_points(inputs)
     result = []
     for value in inputs:
         point = fixed_point(reservoir, value)
@@ -114,6 +159,7 @@ def transfer_matrices(reservoir: QuantumReservoir, inputs: Tensor) -> Tensor:
 
     if not _is_linear(reservoir):
         raise InputError("feedback of expectations is not linear: it has no transfer matrix, only a Jacobian")
+    checked_points(inputs)
     layout = Layout.of(reservoir)
     if not layout.numbers:
         return torch.ones(len(inputs), 1, 1, dtype=torch.float64)
@@ -161,7 +207,9 @@ def fixed_point(reservoir: QuantumReservoir, value: Tensor, tolerance: float = 1
 
 
 def smooth_step(reservoir: QuantumReservoir, row: Tensor, value: Tensor) -> Tensor:
-    """One step of a state (size,) at an input (channels,), differentiable; ideal circuit, feedback of expectations."""
+    """One step of a state (size,) at an input (channels,), differentiable; feedback of expectations."""
+    if reservoir.noise is not None:
+        return _noisy_step(reservoir, row, value)
     layout = Layout.of(reservoir)
     state = unpack(row[None], layout)
     steps = Steps(
@@ -183,6 +231,51 @@ def smooth_step(reservoir: QuantumReservoir, row: Tensor, value: Tensor) -> Tens
     outcomes, places = (torch.arange(size, device=row.device) for size in (len(start), reservoir.measured_qubits))
     bits = ((outcomes[:, None] >> places) & 1).double()
     return State((after.real + after.imag)[:, None], probabilities @ bits, state.counter).pack(layout)[0]
+
+
+def _noisy_step(reservoir: QuantumReservoir, row: Tensor, value: Tensor) -> Tensor:
+    layout = Layout.of(reservoir)
+    nothing = row.new_zeros(2**reservoir.qubits, 1)
+    _, after = pauli.evolve([reservoir], value[None, None], unpack(row[None, None], layout), nothing)
+    return after.pack(layout)[0, 0]
+
+
+def _second_modulus(reservoir: QuantumReservoir, value: Tensor) -> float:
+    """Of a step of the ideal circuit, or of a whole period, at an input (channels,).
+
+    The step keeps traces, so modes that decay have none: what Arnoldi's method sees is the step without the trace,
+    which is taken away in multiples of the identity.
+    """
+    layout, step = Layout.of(reservoir), _tangent_step(reservoir, value)
+    size = layout.size - layout.counter
+    unit = torch.eye(layout.dimension, dtype=torch.float64).repeat(layout.outcomes, 1, 1).flatten()
+    unit = torch.nn.functional.pad(unit, (0, size - layout.numbers))
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return largest_modulus(lambda row: step(row - unit * (unit @ row / unit.sum())), start)
+
+
+def _tangent_step(reservoir: QuantumReservoir, value: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product of `step_matrices` with a vector, counter left out, without the matrix."""
+    from library.qrc.drive import evolve
+
+    if not _is_linear(reservoir):
+        point = fixed_point(reservoir, value)
+        return lambda row: torch.func.jvp(lambda state: smooth_step(reservoir, state, value), (point,), (row,))[1]
+    layout = Layout.of(reservoir)
+    inputs = value.expand(1, reservoir.period, -1)
+    nothing = torch.zeros(2**reservoir.qubits, 1, dtype=torch.float64)
+
+    def step(row: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(row, (0, layout.size - len(row)))
+        return evolve([reservoir], inputs, [padded[None]], nothing, backend="direct")[1][0, 0, : len(row)]
+
+    return step
+
+
+def _root(values: Tensor, period: int) -> Tensor:
+    """Principal roots; of what is zero but for rounding, 0."""
+    modulus = values.abs()
+    return torch.where(modulus > ZERO, torch.polar(modulus ** (1 / period), values.angle() / period), 0.0)
 
 
 def _is_linear(reservoir: QuantumReservoir) -> bool:

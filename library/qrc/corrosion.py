@@ -6,13 +6,15 @@ output is called simulated wherever it appears. Time step 1 hour, units as in `C
 the comments of `simulate`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc.weather import Environment
+from library.qrc.series import QUANTITIES
+from library.qrc.weather import CHANNELS, Environment
 
 CATHODE = {"AA2024": 0.05, "AA7075": 0.02, "AA6061": 0.01, "AA1050": 0.002}
 """Share of an alloy's surface that is cathodic: its copper- and iron-rich particles."""
@@ -71,10 +73,15 @@ def simulate(environment: Environment, conditions: list[Condition]) -> Corrosion
     """The corrosion of panels in given conditions under an hourly environment.
 
     `environment` has one series for all conditions, (hours,), or one for each, (conditions, hours). What depends on the
-    weather alone is computed for all hours at once; salt, film, activity and products go hour by hour.
+    weather alone is computed for all hours at once; salt, film, activity and products go hour by hour. Where no wind
+    blows at all, each hour has the mean wind.
+
+    Raises InputError for no conditions, and for an environment whose parts differ in their hours, are not finite, or
+    cannot be (`library.qrc.series.QUANTITIES`).
     """
     if not conditions:
         raise InputError("conditions: none given")
+    _check_environment(environment, len(conditions))
     kelvin, humidity, rain, wind = (
         part.to(torch.float64).expand(len(conditions), -1)
         for part in (environment.temperature + 273.15, environment.humidity, environment.rain, environment.wind)
@@ -85,7 +92,8 @@ def simulate(environment: Environment, conditions: list[Condition]) -> Corrosion
     rain = torch.where(torch.tensor([each.sheltered for each in conditions], device=kelvin.device)[:, None], 0.0, rain)
 
     # 1: salt settles with the wind and is washed off by rain
-    settled = deposit * (wind / wind.mean(1, keepdim=True)).pow(1.5).clamp(max=5)
+    mean = wind.mean(1, keepdim=True)
+    settled = deposit * torch.where(mean > 0, wind / mean, 1.0).pow(1.5).clamp(max=5)
     salt = _affine_capped(settled, torch.exp(-0.25 * rain), start=SALT, cap=1500.0)
     # 2, 3: brine, from deliquescence at 75 % to efflorescence at 45 %
     wet = _hysteresis(humidity)
@@ -123,7 +131,9 @@ def iso9223(temperature: float, humidity: float, sulphur: float, chloride: float
     with annual means: temperature T in degrees Celsius, relative humidity RH in percent, deposition of SO2 (P) and of
     chloride (S) in mg/(m2 day).
     """
-    if not 0 <= humidity <= 100 or sulphur < 0 or chloride < 0:
+    if not math.isfinite(temperature):
+        raise InputError(f"temperature {temperature}: a finite number of degrees Celsius")
+    if not 0 <= humidity <= 100 or not 0 <= sulphur < math.inf or not 0 <= chloride < math.inf:
         raise InputError(f"humidity {humidity} %, SO2 {sulphur}, chloride {chloride}: 0 to 100 %, and at least 0")
     factor = (0.009 if temperature <= 10 else -0.043) * (temperature - 10)
     values = torch.tensor([0.025 * humidity + factor, 0.020 * humidity + 0.094 * temperature], dtype=torch.float64)
@@ -134,6 +144,20 @@ def iso9223(temperature: float, humidity: float, sulphur: float, chloride: float
 def dose_response(temperature: float, humidity: float, sulphur: float, chloride: float, years: Tensor) -> Tensor:
     """Loss in g/m2 after `years` by ISO 9223 and 9224: C(t) = r t^0.728."""
     return iso9223(temperature, humidity, sulphur, chloride) * years**0.728
+
+
+def _check_environment(environment: Environment, conditions: int) -> None:
+    shapes = {tuple(getattr(environment, name).shape) for name in CHANNELS}
+    allowed = [(environment.hours,), (1, environment.hours), (conditions, environment.hours)]
+    if not environment.hours or len(shapes) > 1 or not shapes <= set(allowed):
+        found = ", ".join(f"{name} {tuple(getattr(environment, name).shape)}" for name in CHANNELS)
+        raise InputError(f"environment: {found}; all need one shape, (hours,) or ({conditions}, hours)")
+    for name in CHANNELS:
+        known, values = QUANTITIES[name], getattr(environment, name)
+        wrong = ~((values >= known.low) & (values <= known.high))
+        if wrong.any():
+            value = float(values[wrong][0])
+            raise InputError(f"{name}: {value:g} {known.unit}; possible are {known.low:g} to {known.high:g}")
 
 
 def _hysteresis(humidity: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc.channel import channel_spectrum
+from library.qrc.channel import slowest_time_scale
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.state import Layout, State, density_matrix, initial_state, unpack
 
@@ -84,7 +84,7 @@ def check_echo_state(reservoir: QuantumReservoir, inputs: Tensor, washout: int, 
             warnings.warn(
                 "no qubit is reset: the channel is unital and features fade to 0; reset at least one", stacklevel=2
             )
-        slowest = float(channel_spectrum(reservoir, inputs.mean(0, keepdim=True)).slowest[0])
+        slowest = float(slowest_time_scale(reservoir, inputs.mean(0, keepdim=True))[0])
         if slowest > washout / 5:
             warnings.warn(
                 f"the slowest time scale is {slowest:.3g} steps, more than a fifth of the washout of {washout}: "

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from library.errors import InputError
@@ -35,11 +35,11 @@ class EchoState(BaseModel, frozen=True, extra="forbid"):
     type: Literal["echo-state"] = "echo-state"
     units: PositiveInt = 30
     """Units, which are also the features."""
-    spectral_radius: PositiveFloat = 0.9
+    spectral_radius: float = Field(0.9, gt=0, allow_inf_nan=False)
     """Largest modulus of W's eigenvalues; below 1 the state forgets its start in practice."""
     leak: float = Field(0.3, gt=0, le=1)
     """Share of a state that is renewed each step."""
-    input_scale: PositiveFloat = 0.5
+    input_scale: float = Field(0.5, gt=0, allow_inf_nan=False)
     """Largest input weight and bias."""
     density: float = Field(1.0, gt=0, le=1)
     """Share of W's entries that are not zero."""
@@ -70,7 +70,7 @@ class EchoState(BaseModel, frozen=True, extra="forbid"):
     def drive(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """States (series, time, units) for inputs (series, time, channels), and the last of them.
 
-        Raises InputError for inputs of another shape or that are not finite.
+        Raises InputError for inputs of another shape or that are not finite, and for such a state.
         """
         [features], [last] = drive_echo_states([self], inputs, None if state is None else [state])
         return features, last
@@ -103,6 +103,8 @@ def drive_echo_states(
     inputs are (series, time, channels), shared by all networks or one for each.
     """
     own = [inputs] * len(reservoirs) if isinstance(inputs, Tensor) else list(inputs)
+    if states is not None and len(states) != len(reservoirs):
+        raise InputError(f"{len(states)} states for {len(reservoirs)} reservoirs")
     for each in {id(each): each for each in own}.values():
         _check(each)
     groups: dict[tuple[int, torch.Size], list[int]] = {}
@@ -117,7 +119,7 @@ def drive_echo_states(
         leaks = torch.tensor([reservoirs[i].leak for i in places], dtype=torch.float64, device=device)
         begin = torch.zeros(len(places), series, units, dtype=torch.float64, device=device)
         if states is not None:
-            begin = torch.stack([states[i].to(begin) for i in places])
+            begin = torch.stack([_checked_state(states[i], series, units).to(begin) for i in places])
         if isinstance(inputs, Tensor):
             drive = torch.einsum("stc,knc->tksn", inputs, entry)
         else:
@@ -171,7 +173,17 @@ def _annulus(size: int, low: float, high: float, generator: torch.Generator) -> 
     return (vectors @ torch.diag(values * mapped / moduli.clamp(min=1e-300)) @ torch.linalg.inv(vectors)).real
 
 
+def _checked_state(state: Tensor, series: int, units: int) -> Tensor:
+    if state.shape != (series, units):
+        raise InputError(f"the state has shape {tuple(state.shape)}; this reservoir and input take {(series, units)}")
+    if not torch.isfinite(state).all():
+        raise InputError("the state holds numbers that are not finite")
+    return state
+
+
 def _check(inputs: Tensor) -> None:
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"inputs are a {type(inputs).__name__}; needed is a float64 tensor (series, time, channels)")
     if inputs.ndim != 3 or not inputs.shape[1] or inputs.dtype != torch.float64:
         raise InputError(
             f"inputs are {inputs.dtype} {tuple(inputs.shape)}; needed is float64 (series, time, channels), time >= 1"

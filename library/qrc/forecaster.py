@@ -112,9 +112,10 @@ class Forecaster(RegressorMixin, BaseEstimator):
         self.flat_ = outputs.flat if outputs is not None else batch.flat
         inputs = self.scaled(batch.values)
         if features is None:
-            self._check_echo(inputs)
+            longest = batch.lengths.index(max(batch.lengths))
+            self._check_echo(inputs[longest])
         driven = self._driven(inputs, features, fitting=True)
-        self.typical_ = self._typical(inputs)
+        self.typical_ = self._typical(inputs, batch.lengths)
         x, wanted, _ = self._pairs(batch, outputs, inputs, driven)
         self.target_range_ = torch.stack([wanted.amin(0), wanted.amax(0)])
         path = ridge_path(x, wanted, self.alphas, standardize=self.standardize)
@@ -181,7 +182,8 @@ class Forecaster(RegressorMixin, BaseEstimator):
     def advance(self, X: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions (series, time, targets) for the next rows, and the state after them.
 
-        A step costs the same however many were before it, and gives what `predict` would for the whole series.
+        A step costs the same however many were before it, and gives what `predict` would for the whole series. With
+        `repeats` it does so once the first row has been advanced that often before: a stream repeats nothing itself.
         """
         self._check_fitted()
         batch = Batch.of(X, "X", device=self.device)
@@ -293,11 +295,11 @@ class Forecaster(RegressorMixin, BaseEstimator):
         return list((wanted - self.readout_(rows)).split(mask.sum(1).tolist()))
 
     def _check_echo(self, inputs: Tensor) -> None:
-        """Each quantum reservoir must have forgotten its start by the end of the washout, where there is one."""
+        """Each quantum reservoir must forget its start within the washout, if any, of one series (time, channels)."""
         members = self.reservoir_.members if isinstance(self.reservoir_, HybridReservoir) else (self.reservoir_,)
         for member in members:
-            if isinstance(member, QuantumReservoir) and FEWEST <= self.washout <= inputs.shape[1]:
-                check_echo_state(member, inputs[0], self.washout)
+            if isinstance(member, QuantumReservoir) and FEWEST <= self.washout <= len(inputs):
+                check_echo_state(member, inputs, self.washout)
 
     def _driven(self, inputs: Tensor, features: Tensor | None, *, fitting: bool = False) -> Tensor:
         """What the read-out sees for scaled inputs, (series, time, width); fitting calibrates a stacked layer."""
@@ -322,15 +324,20 @@ class Forecaster(RegressorMixin, BaseEstimator):
     def _reset(self, series: int) -> Tensor:
         return self.reservoir_.start(series).to(self.device, torch.float64)
 
-    def _typical(self, inputs: Tensor) -> Tensor:
+    def _typical(self, inputs: Tensor, lengths: Sequence[int]) -> Tensor:
         """The mean state after stretches of training as long as the washout, (1, size).
 
-        A mean of density matrices is one, and what is linear in the state takes its mean value there.
+        They lie within the true `lengths` of the series; shorter series than a stretch are left out. A mean of density
+        matrices is one, and what is linear in the state takes its mean value there.
         """
-        length = min(inputs.shape[1], max(self.washout, 50))
-        first = torch.linspace(0, inputs.shape[1] - length, WINDOWS).long()
-        windows = torch.stack([inputs[number % len(inputs), t : t + length] for number, t in enumerate(first.tolist())])
-        return self.reservoir_.drive(windows)[1].mean(0, keepdim=True)
+        length = min(max(lengths), max(self.washout, 50))
+        whole = [number for number, rows in enumerate(lengths) if rows >= length]
+        windows = []
+        for number in range(WINDOWS):
+            series = whole[number % len(whole)]
+            first = int(torch.linspace(0, lengths[series] - length, WINDOWS)[number])
+            windows.append(inputs[series, first : first + length])
+        return self.reservoir_.drive(torch.stack(windows))[1].mean(0, keepdim=True)
 
     def _repeated(self, inputs: Tensor) -> Tensor:
         return torch.cat([inputs[:, :1].expand(-1, self.repeats, -1), inputs], 1)

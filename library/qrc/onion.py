@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc.channel import Spectrum, channel_spectrum
+from library.qrc.channel import Spectrum, channel_spectrum, slowest_time_scale
 from library.qrc.reservoir import QuantumReservoir
 
 RANGES = {"sigma": (0.03, 2.0), "feedback": (0.01, 3.0)}  # of the knob that moves the time scale
@@ -64,7 +64,7 @@ def onion(count: int | None = None, **settings: Any) -> tuple[QuantumReservoir, 
         settings, lengths = {"sigma": [0.1, 0.3, 1.0]} | settings, {"sigma": 3}
         if not isinstance(settings["sigma"], list):
             lengths = {}
-    size = count or next(iter(lengths.values()), 3)
+    size = next(iter(lengths.values()), 3) if count is None else count
     wrong = [f"{name} has {length}" for name, length in lengths.items() if length != size]
     if wrong or size < 1:
         raise InputError(f"an onion of {size} reservoirs: {', '.join(wrong) or 'at least 1'}; give one value or {size}")
@@ -125,7 +125,7 @@ def time_scale_sweep(
             for seed in range(seeds):
                 changed = {"measured": count, "sigma": sigma, "seed": seed}
                 reservoir = QuantumReservoir(**template.model_dump() | changed)
-                result[place, number, seed] = channel_spectrum(reservoir, inputs).slowest[0]
+                result[place, number, seed] = slowest_time_scale(reservoir, inputs)[0]
     return result
 
 
@@ -177,7 +177,7 @@ def _bisected(
 def _time_scale(reservoir: QuantumReservoir, knob: str, value: float, inputs: Tensor) -> float | None:
     """The median slowest time scale; None where feedback is so strong that there is no fixed point."""
     try:
-        return float(channel_spectrum(reservoir.model_copy(update={knob: value}), inputs).slowest.median())
+        return float(slowest_time_scale(reservoir.model_copy(update={knob: value}), inputs).median())
     except InputError:
         if knob == "sigma":
             raise

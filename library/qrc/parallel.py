@@ -19,7 +19,9 @@ from library.qrc.state import State, density_matrix
 TOLERANCE = 1e-13  # what the slowest mode has fallen to within the suggested overlap
 CERTIFIED = 5e-13  # trace norm of what all pieces of a series together may be off: rounding alone makes some 1e-14
 STEP_SECONDS = 3e-5  # of a step's calls, whatever its size
-OVERHEAD_SECONDS = 1e-2  # of finding the overlap
+OVERHEAD_SECONDS = 1e-2  # of finding the overlap, and for each reservoir besides
+EIGENVALUE_SECONDS = 8e-9  # times the cube of the memory's 4^r numbers
+SHORTEST = 16  # steps of an overlap
 FLOPS = 8e9  # real operations per second of small matrix products on one core
 MOST_PIECES = 64
 
@@ -37,10 +39,10 @@ def evolve_if_cheaper(
     lanes = series * len(reservoirs)
     if time * STEP_SECONDS < 4 * OVERHEAD_SECONDS or lanes > MOST_PIECES // 4:
         return direct.evolve(reservoirs, inputs, state, readout, dtype=dtype)
+    if not _pays(reservoirs, lanes, time, SHORTEST):
+        return direct.evolve(reservoirs, inputs, state, readout, dtype=dtype)
     overlap = suggested_overlap(reservoirs, inputs)
-    pieces = best_pieces(reservoirs[0], lanes, time, overlap)
-    saved = OVERHEAD_SECONDS + seconds(reservoirs[0], lanes, time, overlap, pieces)
-    if saved > 2 / 3 * seconds(reservoirs[0], lanes, time, 0, 1):
+    if not _pays(reservoirs, lanes, time, overlap):
         return direct.evolve(reservoirs, inputs, state, readout, dtype=dtype)
     return evolve(reservoirs, inputs, state, readout, dtype=dtype, overlap=overlap)
 
@@ -80,18 +82,15 @@ def evolve(
 
 def suggested_overlap(reservoirs: Sequence[QuantumReservoir], inputs: Tensor) -> int:
     """Steps after which the slowest mode at the mean input has fallen to the tolerance, a quarter more, at least 16."""
-    from library.qrc.channel import transfer_matrices
+    from library.qrc.channel import second_moduli
 
     mean = inputs.mean((0, 1), keepdim=True)[0]
     slowest = max(
-        float(torch.linalg.eigvals(transfer_matrices(reservoir, mean)[0]).abs().sort().values[-2])
-        if reservoir.memory_qubits
-        else 0.0
-        for reservoir in reservoirs
+        float(second_moduli(reservoir, mean)[0]) if reservoir.memory_qubits else 0.0 for reservoir in reservoirs
     )
     if slowest >= 1 - 1e-9:
         return inputs.shape[1]
-    return max(16, math.ceil(1.25 * math.log(TOLERANCE) / math.log(max(slowest, 1e-3))))
+    return max(SHORTEST, math.ceil(1.25 * math.log(TOLERANCE) / math.log(max(slowest, 1e-3))))
 
 
 def best_pieces(reservoir: QuantumReservoir, lanes: int, time: int, overlap: int) -> int:
@@ -106,6 +105,14 @@ def seconds(reservoir: QuantumReservoir, lanes: int, time: int, overlap: int, pi
     per_step = (8 * full * full * memory + 12 * full * memory * memory) / FLOPS
     steps = overlap + (time - overlap) / pieces if pieces > 1 else time
     return steps * (STEP_SECONDS + lanes * pieces * per_step)
+
+
+def _pays(reservoirs: Sequence[QuantumReservoir], lanes: int, time: int, overlap: int) -> bool:
+    """Whether pieces with this overlap, which has to be found, take at most two thirds of plain evolution's time."""
+    first = reservoirs[0]
+    found = OVERHEAD_SECONDS + len(reservoirs) * EIGENVALUE_SECONDS * 64**first.memory_qubits
+    cut = seconds(first, lanes, time, overlap, best_pieces(first, lanes, time, overlap))
+    return found + cut <= 2 / 3 * seconds(first, lanes, time, 0, 1)
 
 
 def _starts(state: State, pieces: int) -> State:

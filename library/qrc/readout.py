@@ -21,6 +21,7 @@ from torch import Tensor
 from library.errors import InputError
 
 ALPHAS = tuple(10.0**power for power in range(-10, 1))
+FREE = 1e-12  # shares of freedom below this are rounding: nothing is left to tell an error by
 RANK = 1e-13  # singular values below this share of the largest are zero: they get no weight when alpha is 0
 
 
@@ -46,6 +47,8 @@ class RidgePath:
     freedom    (A,) effective number of fitted numbers per output, the intercept among them
     gcv        (A, O) generalised cross-validation error T RSS / (T - freedom)^2
     loo        (A, O) mean squared error of each sample when it is left out; None when made from moments
+
+    Both errors are infinite where the fit goes through samples whatever their targets are: they tell nothing there.
     """
 
     alphas: Tensor
@@ -111,8 +114,11 @@ class Moments:
 
     @classmethod
     def total(cls, shards: Iterable[Self]) -> Self:
-        """The moments of all shards together."""
-        return functools.reduce(cls.__add__, shards)
+        """The moments of all shards together; InputError for none."""
+        parts = list(shards)
+        if not parts:
+            raise InputError("shards: none given; moments need at least one")
+        return functools.reduce(cls.__add__, parts)
 
     def chosen(self, columns: Sequence[int] | Tensor) -> Self:
         """The moments with these features alone, in this order."""
@@ -147,7 +153,7 @@ class Moments:
         total = self.scatter.diagonal()[self.width :]
         rest = total - torch.einsum("aj,jo->ao", factor * (2 - values * factor), along**2)
         freedom = 1 + (values * factor).sum(1)
-        gcv = self.count * rest.clamp(min=0) / ((self.count - freedom) ** 2)[:, None]
+        gcv = _gcv(rest.clamp(min=0), freedom, self.count)
         raw = weights / scale[:, None]
         return RidgePath(grid, raw, self.mean[self.width :] - mean @ raw, freedom, gcv, None)
 
@@ -191,8 +197,8 @@ def ridge_path(
         weights,
         centre - mean @ weights,
         freedom,
-        count * residuals.square().sum(1) / ((count - freedom) ** 2)[:, None],
-        (residuals / (1 - leverage).clamp(min=1e-12)[..., None]).square().mean(1),
+        _gcv(residuals.square().sum(1), freedom, count),
+        _left_out(residuals, leverage).square().mean(1),
     )
 
 
@@ -217,6 +223,18 @@ def _rows(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(values).all():
             raise InputError(f"{name}: {int((~torch.isfinite(values)).sum())} values are not finite")
     return x, y
+
+
+def _gcv(squares: Tensor, freedom: Tensor, count: int) -> Tensor:
+    """T RSS / (T - freedom)^2 (A, O) of sums of squares (A, O); infinite where nothing is left free."""
+    left = (count - freedom)[:, None]
+    return torch.where(left > FREE * count, count * squares / left**2, math.inf)
+
+
+def _left_out(residuals: Tensor, leverage: Tensor) -> Tensor:
+    """r / (1 - h) (A, T, O); infinite at leverage 1, where the formula has 0 / 0."""
+    left = (1 - leverage)[..., None]
+    return torch.where(left > FREE, residuals / left, math.inf)
 
 
 def _scale(deviation: Tensor, standardize: bool) -> Tensor:

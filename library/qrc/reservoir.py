@@ -4,7 +4,7 @@ from itertools import combinations
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from library.errors import InputError
@@ -70,19 +70,19 @@ class QuantumReservoir(BaseModel, frozen=True, extra="forbid"):
     """Fixed gates: layers of RY and RZ with CX chains, or Trotter slices of a transverse-field Ising model."""
     reps: int = Field(2, ge=1, le=20)
     """Their CX chains, or slices."""
-    sigma: float = Field(1.0, ge=0)
+    sigma: FiniteFloat = Field(1.0, ge=0)
     """Scale of their angles: the smaller, the longer the memory."""
-    field: float = 1.0
+    field: FiniteFloat = 1.0
     """Transverse field h of the Ising model."""
-    scale: float = 0.5
+    scale: FiniteFloat = 0.5
     """a of the input angle a s + b."""
-    bias: float = -0.31
+    bias: FiniteFloat = -0.31
     """b of the input angle."""
     encoding: Literal["pair", "rx_anc"] = "pair"
     """Pair rotations R_ij, channel p mod d on pair p; or RX on measured qubit k mod m for channel k."""
     pairs: Literal["ring", "line"] = "ring"
     """Which qubits the pair rotations couple: (i, i + 1 mod n), or without the closing one."""
-    feedback: float = 1.0
+    feedback: FiniteFloat = 1.0
     """f of the feedback angle f z."""
     feedback_by: Literal["expectation", "outcome"] = "expectation"
     """Feed back expectation values over all shots, or inside each shot the bit that it measured."""
@@ -92,9 +92,9 @@ class QuantumReservoir(BaseModel, frozen=True, extra="forbid"):
     """Whose expectation values are features: all qubits', or only what the measurement reports."""
     noise: Noise | None = None
     """Errors of the device; None is the ideal circuit."""
-    angles: tuple[float, ...] = ()
+    angles: tuple[FiniteFloat, ...] = ()
     """Unscaled angles instead of drawn ones: su2 [layer, RY or RZ, qubit] flat, ising J_ij for i < j."""
-    unitary: tuple[float, ...] = ()
+    unitary: tuple[FiniteFloat, ...] = ()
     """A fixed unitary of your own instead of the gates: its entries by rows, real and imaginary part in turn."""
     seed: int = Field(0, ge=0)
     """Of the drawn angles: su2 uniform in (-pi, pi), ising J_ij uniform in (-1, 1)."""

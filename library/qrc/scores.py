@@ -9,11 +9,14 @@ from library.errors import InputError
 def scores(predicted: Tensor, target: Tensor) -> dict[str, float]:
     """NRMSE (root mean squared error over the target's deviation), MSE, MAE and R^2 over all entries.
 
-    Raises InputError for a constant target.
+    Raises InputError for a constant target, for other shapes than the target's, and for values that are not finite.
     """
+    check_pair(predicted, target)
     variance = float(target.var(correction=0))
     if not variance > 0:
-        raise InputError("the target is constant, so its NRMSE is not defined")
+        raise InputError(
+            "the target is constant, so its NRMSE is not defined; use more series, or longer ones (more curves)"
+        )
     squared = float((predicted - target).square().mean())
     return {
         "nrmse": (squared / variance) ** 0.5,
@@ -24,8 +27,21 @@ def scores(predicted: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def coverage(lower: Tensor, upper: Tensor, target: Tensor) -> float:
-    """The share of targets inside their intervals."""
+    """The share of targets inside their intervals. InputError for ends that do not fit the target."""
+    check_pair(lower, target, "lower ends")
+    check_pair(upper, target, "upper ends")
     return float(((lower <= target) & (target <= upper)).double().mean())
+
+
+def check_pair(predicted: Tensor, target: Tensor, name: str = "predictions") -> None:
+    """InputError unless both have the same shape, at least one entry, and are finite."""
+    if predicted.shape != target.shape or not target.numel():
+        raise InputError(
+            f"{name} {tuple(predicted.shape)} and target {tuple(target.shape)}: both need the same shape, not empty"
+        )
+    for each, values in ((name, predicted), ("target", target)):
+        if not torch.isfinite(values).all():
+            raise InputError(f"{each}: {int((~torch.isfinite(values)).sum())} values are not finite")
 
 
 def paired_gain(
@@ -40,6 +56,8 @@ def paired_gain(
     """
     if first.shape != second.shape or first.ndim != 2:
         raise InputError(f"squared errors {tuple(first.shape)} and {tuple(second.shape)}: both (series, time), alike")
+    if block < 1:
+        raise InputError(f"blocks of {block} steps; allowed: 1 or more")
     count = first.shape[1] // block
     if count < 2:
         raise InputError(f"{first.shape[1]} steps have {count} blocks of {block}; at least 2 are needed")

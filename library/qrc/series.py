@@ -147,14 +147,14 @@ def read_table(place: str | Path, inputs: Sequence[str] = (), *, target: bool = 
     quantity that there is. With `target` the table must hold a mass loss.
 
     Raises InputError for a file that cannot be read, a missing column, an unknown unit, values that are missing or
-    cannot be, times that do not rise, and gaps, naming the column and row.
+    cannot be, two columns of a quantity, times that do not rise, and gaps, naming the column and row.
     """
     table = _table(Path(place))
     if TIME not in table:
         raise InputError(f"{place}: there is no column {TIME!r}; it has {', '.join(map(str, table.columns))}")
     start, hours = hours_of(table[TIME].tolist(), f"{place}, column {TIME}")
     step = spacing(hours, f"{place}, column {TIME}")
-    found = {quantity: column for column in table.columns if (quantity := _quantity(str(column)))}
+    found = _quantities(table, place)
     wanted = list(inputs) or [name for name in found if name != TARGET]
     if not wanted:
         raise InputError(f"{place}: no input column; name them QUANTITY_UNIT, such as {', '.join(_examples())}")
@@ -207,6 +207,17 @@ def _column(table: "pd.DataFrame", place: str | Path, name: str, found: Mapping[
         return table[name].to_numpy(np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}, column {name}: not numbers ({error})") from error
+
+
+def _quantities(table: "pd.DataFrame", place: str | Path) -> dict[str, Any]:
+    """The column of each quantity. InputError for a quantity with two."""
+    found: dict[str, Any] = {}
+    for column in table.columns:
+        if quantity := _quantity(str(column)):
+            if quantity in found:
+                raise InputError(f"{place}: columns {found[quantity]} and {column} both hold {quantity}; keep one")
+            found[quantity] = column
+    return found
 
 
 def _quantity(column: str) -> str | None:

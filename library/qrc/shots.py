@@ -107,10 +107,12 @@ class SampledReservoir(BaseModel, frozen=True, extra="forbid"):
         return torch.Generator(state.device).manual_seed((self.seed * 1_000_003 + int(state[0, -1])) % 2**63)
 
     def checked(self, state: Tensor | None, inputs: Tensor) -> Tensor:
-        """The state for inputs (series, time, channels), or the start; InputError for one of another shape."""
+        """The state for inputs (series, time, channels), or the start; InputError for a foreign one."""
         state = self.start(len(inputs)).to(inputs.device) if state is None else state
         if state.shape != (wanted := (len(inputs), self.start(1).shape[1])):
             raise InputError(f"the state has shape {tuple(state.shape)}; this reservoir and input take {wanted}")
+        if not torch.isfinite(state).all():
+            raise InputError("the state holds numbers that are not finite")
         return state
 
     def counted(self, after: Tensor, state: Tensor, inputs: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.qrc.channel import channel_spectrum
+from library.qrc.channel import EXACT_NUMBERS, channel_spectrum, second_moduli, time_scale
 from library.qrc.hybrid import HybridReservoir
 from library.qrc.reservoir import QuantumReservoir
 from library.qrc.schema import Schema
 from library.qrc.shots import SampledReservoir
+from library.qrc.state import Layout
 
 
 def about(schema: Schema, scales: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def time_scales(reservoir: HybridReservoir, inputs: Tensor, *, most: int = 8) ->
 
     inputs  (series, time, channels) as the reservoir sees them; up to `most` of them, evenly spaced, are looked at
 
-    A member that is fed back and has no fixed point has NaN.
+    A member that is fed back and has no fixed point has NaN. So has the inner edge of the annulus of a member whose
+    state has more than 256 numbers: of its modes only the slowest is looked for.
     """
     flat = inputs.flatten(0, 1).cpu()
     few = flat[:: max(1, len(flat) // most)][:most]
@@ -52,20 +54,26 @@ def time_scales(reservoir: HybridReservoir, inputs: Tensor, *, most: int = 8) ->
 
 
 def _quantum(member: QuantumReservoir, mean: Tensor, few: Tensor) -> dict[str, float]:
+    around = few if member.mode == "persistent" else mean[None]
     try:
-        middle = channel_spectrum(member, mean[None])
-        around = channel_spectrum(member, few if member.mode == "persistent" else mean[None])
+        moduli = second_moduli(member, torch.cat([mean[None], around]))
+        low, high = _annulus(member, mean[None], float(moduli[0]))
     except InputError:
         return dict.fromkeys(("tau", "tau_least", "tau_most", "annulus_low", "annulus_high"), float("nan"))
-    scales = torch.cat([middle.slowest, around.slowest])
-    low, high = middle.annulus
+    scales = time_scale(moduli)
     return {
-        "tau": float(middle.slowest[0]),
+        "tau": float(scales[0]),
         "tau_least": float(scales.min()),
         "tau_most": float(scales.max()),
         "annulus_low": low,
         "annulus_high": high,
     }
+
+
+def _annulus(member: QuantumReservoir, mean: Tensor, outer: float) -> tuple[float, float]:
+    if Layout.of(member).size > EXACT_NUMBERS:
+        return float("nan"), outer
+    return channel_spectrum(member, mean).annulus
 
 
 def _classical(found: dict[str, Any]) -> dict[str, float]:

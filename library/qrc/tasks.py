@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.qrc.readout import ridge_path
+from library.qrc.scores import check_pair
 
 TAUS = (2.0, 10.0, 50.0)
 DISCARDED = 500  # time units of a Mackey-Glass series before it is on its attractor
@@ -63,6 +64,8 @@ def memory_capacity(
     """
     if features.ndim != 2 or signal.shape != features.shape[:1]:
         raise InputError(f"features {tuple(features.shape)} need a signal of as many steps, not {tuple(signal.shape)}")
+    if delays < 1 or washout < 0:
+        raise InputError(f"{delays} delays, washout {washout}: at least 1, and at least 0")
     first = max(washout, delays - 1)
     split = first + int(train_fraction * (len(signal) - first))
     if split - first < 2 or len(signal) - split < 3:
@@ -195,7 +198,8 @@ def multi_scale(
 
 
 def nrmse(predicted: Tensor, target: Tensor) -> float:
-    """Root of the mean squared error over the target's standard deviation. InputError for a constant target."""
+    """Root of the mean squared error over the target's standard deviation. InputError as `scores.scores`."""
+    check_pair(predicted, target)
     deviation = float(target.std(correction=0))
     if not deviation > 0:
         raise InputError("the target is constant, so its NRMSE is not defined")

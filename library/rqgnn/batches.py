@@ -100,7 +100,7 @@ def prepare(
 
     Either `kinds` int64 (nodes,) of `count`, or `features` (nodes, features). `depth` is the number of Chebyshev terms.
     O(depth * edges) work; no dense matrix of nodes by kinds is made. Raises InputError for kinds or features that do
-    not fit the graphs.
+    not fit the graphs, NaN, infinity, and features whose squares exceed float32.
     """
     if (kinds is None) == (features is None):
         raise InputError("graphs need either kinds or features at their nodes")
@@ -115,11 +115,19 @@ def prepare(
         terms = _kind_terms(spread, kinds.numpy(), int(count), depth)
     else:
         energies, squares = rayleigh_terms(graphs, features.double())
+        _refuse_overflow(torch.maximum(energies, squares))
         features = features.float()
     labels = torch.zeros(len(graphs), dtype=torch.int64) if labels is None else labels
     return PreparedGraphs(
         graphs, kinds, features, labels, spread.astype(np.float32), terms, energies.float(), squares.float()
     )
+
+
+def _refuse_overflow(terms: Tensor) -> None:
+    large = ~torch.isfinite(terms.float())
+    if bool(large.any()):
+        graph, feature = large.nonzero()[0].tolist()
+        raise InputError(f"feature {feature} of graph {graph} is too large: its sum of squares must fit float32")
 
 
 def _kind_terms(spread: scipy.sparse.csr_array, kinds: np.ndarray, count: int, depth: int) -> scipy.sparse.csr_array:

@@ -130,25 +130,38 @@ def from_arrays(arrays: Mapping[str, np.ndarray], source: str) -> GraphData:
     if missing or not {"atom", "features"} & arrays.keys():
         needed = ", ".join(sorted(missing)) or "atom or features"
         raise InputError(f"{source} lacks {needed}; it holds {', '.join(sorted(arrays))}")
-    edges = np.asarray(arrays["edge"])
+    sizes, counts, edges, labels = (
+        _whole(arrays, name, source) for name in ("num_nodes", "num_edges", "edge", "label")
+    )
     edges = edges.T if edges.ndim == 2 and edges.shape[0] != 2 else edges
+    if edges.shape == (2, 2) and edges[0, 1] != edges[1, 0]:
+        raise InputError(f"{source}: edge of shape (2, 2) may be (2, edges) or (edges, 2); give data of more edges")
     try:
-        graphs = Graphs.from_edges(
-            arrays["num_nodes"].astype(np.int64),
-            edges.astype(np.int64),
-            edge_counts=arrays["num_edges"].astype(np.int64),
-        )
+        graphs = Graphs.from_edges(sizes, edges, edge_counts=counts)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    labels = checked_labels(torch.from_numpy(arrays["label"].astype(np.int64)), len(graphs), source)
+    labels = checked_labels(torch.from_numpy(labels), len(graphs), source)
     if "features" in arrays:
-        features = checked_features(torch.from_numpy(arrays["features"].astype(np.float32)), graphs.num_nodes, source)
+        features = np.asarray(arrays["features"])
+        if features.dtype.kind not in "iufb":
+            raise InputError(f"{source}: features must be numbers, got {features.dtype}")
+        features = checked_features(torch.from_numpy(features.astype(np.float32)), graphs.num_nodes, source)
         return GraphData(graphs, labels, None, features, (), source)
-    kinds = torch.from_numpy(arrays["atom"].astype(np.int64))
+    kinds = torch.from_numpy(_whole(arrays, "atom", source))
     symbols = tuple(map(str, arrays.get("atom_symbol", range(int(kinds.max()) + 1))))
     if kinds.shape != (graphs.num_nodes,) or bool(((kinds < 0) | (kinds >= len(symbols))).any()):
         raise InputError(f"{source}: atom must be a number into the {len(symbols)} symbols for each of the nodes")
     return GraphData(graphs, labels, kinds, None, symbols, source)
+
+
+def _whole(arrays: Mapping[str, np.ndarray], name: str, source: str) -> np.ndarray:
+    """An array as int64. Raises InputError where it has anything but whole numbers."""
+    found = np.asarray(arrays[name])
+    if found.dtype.kind in "iub":
+        return found.astype(np.int64)
+    if found.dtype.kind != "f" or not bool((found % 1 == 0).all()):
+        raise InputError(f"{source}: {name} must be whole numbers, got {found.dtype} such as {found.flat[0]}")
+    return found.astype(np.int64)
 
 
 def checked_labels(labels: Tensor, count: int, source: str) -> Tensor:

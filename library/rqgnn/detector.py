@@ -136,6 +136,8 @@ class GraphAnomalyDetector:
             return prepare(graphs, features=features, labels=labels, depth=self.recipe.depth)
         if kinds is None or features is not None:
             raise InputError("kinds: this model needs the kind of each node, and no features")
+        if len(kinds) != len(graphs):
+            raise InputError(f"kinds: {len(kinds)} lists for {len(graphs)} graphs; one is needed for each")
         for place, (own, size) in enumerate(zip(kinds, graphs.sizes.tolist(), strict=True)):
             if len(own) != size:
                 raise InputError(f"kinds: graph {place} has {size} nodes and {len(own)} kinds")
@@ -156,10 +158,16 @@ class GraphAnomalyDetector:
     ) -> list[Finding]:
         """Score graphs, in batches of like size; what a graph gets does not depend on the others.
 
-        `threshold` replaces the one chosen in training. See `prepared` for nodes and errors.
+        `threshold`, within [0, 1], replaces the one chosen in training. See `prepared` for nodes and errors; InputError
+        also for features so large that a probability is NaN.
         """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise InputError(f"threshold must be within [0, 1], got {threshold}")
         prepared = self.prepared(graphs, kinds=kinds, features=features)
         margins, scores = self.scores(prepared)
+        if not bool(torch.isfinite(margins).all()):
+            place = int((~torch.isfinite(margins)).nonzero()[0])
+            raise InputError(f"graph {place} has no finite score: its features are too large for the network")
         probabilities = self.decision.scaling.probability(margins)
         limit = self.decision.threshold if threshold is None else threshold
         parts = zip(

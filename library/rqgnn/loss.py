@@ -34,13 +34,16 @@ def focal_loss(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) ->
 
     The modulating factor m_j is (1 - p)^gamma for the true class and p^gamma for the other, p = sigmoid(z_j). With
     u = z for the true class and -z for the other, m = exp(-gamma softplus(u)) and BCE = softplus(-u), finite for every
-    z. `logits` (graphs, classes), `labels` int64 (graphs,), `weights` (classes,). Source: Lin et al., "Focal Loss for
-    Dense Object Detection", ICCV 2017.
+    z. `logits` (graphs, classes), `labels` int64 (graphs,), `weights` (classes,). Raises InputError for a label that is
+    no class. Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017.
 
     >>> focal_loss(torch.zeros(1, 2), torch.tensor([1]), torch.ones(2), 0.0)  # 2 log 2
     tensor(1.3863)
     """
-    signs = 2 * F.one_hot(labels, logits.shape[1]).to(logits.dtype) - 1
+    classes = logits.shape[1]
+    if labels.dtype != torch.int64 or bool(((labels < 0) | (labels >= classes)).any()):
+        raise InputError(f"labels must be int64 from 0 to {classes - 1}, got {labels.dtype} {labels.unique().tolist()}")
+    signs = 2 * F.one_hot(labels, classes).to(logits.dtype) - 1
     aligned = signs * logits
     losses = (torch.exp(-gamma * F.softplus(aligned)) * F.softplus(-aligned)).sum(1)
     return (weights.to(logits)[labels] * losses).mean()

@@ -62,17 +62,20 @@ def best_threshold(probabilities: Tensor, labels: Tensor) -> tuple[float, float]
 
 
 def detection_metrics(probabilities: Tensor, labels: Tensor, *, threshold: float | None = None) -> dict[str, float]:
-    """auc with its standard error, auprc, macro_f1 at `threshold` (0.5 by default), best_macro_f1 and ece.
+    """auc with its standard error, auprc, macro_f1, best_macro_f1 and ece.
 
-    best_macro_f1 is at the best threshold on these very graphs; ece is the expected calibration error in 10 parts.
+    macro_f1 calls a graph anomalous that reaches `threshold` or, without one, whose probability is above 0.5: the more
+    likely class, normal where both are equally likely, as published. best_macro_f1 is at the best threshold on these
+    very graphs; ece is the expected calibration error in 10 parts.
     Raises InputError when a class is missing.
     """
     area = auroc(probabilities, labels)
+    called = probabilities > 0.5 if threshold is None else probabilities >= threshold
     return {
         "auc": area.value,
         "auc_error": area.standard_error,
         "auprc": average_precision(probabilities, labels),
-        "macro_f1": macro_f1(probabilities >= (0.5 if threshold is None else threshold), labels),
+        "macro_f1": macro_f1(called, labels),
         "best_macro_f1": best_threshold(probabilities, labels)[1],
         "ece": expected_calibration_error(probabilities, labels),
     }

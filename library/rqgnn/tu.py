@@ -17,7 +17,7 @@ def read_folder(folder: Path) -> GraphData:
     NAME_A.txt                  pairs of node numbers from 1, one per line, every edge in both directions
     NAME_graph_indicator.txt    the graph of each node, from 1, rising
     NAME_graph_labels.txt       0 (or -1) normal, 1 anomalous
-    NAME_node_labels.txt        a kind for each node, or else
+    NAME_node_labels.txt        a kind for each node (of several columns, the row as a whole, such as "0,5"), or else
     NAME_node_attributes.txt    its features
 
     Raises InputError that names file and line for what is missing or does not fit: indicators that fall or leave a
@@ -57,11 +57,12 @@ def read_folder(folder: Path) -> GraphData:
         raise InputError(f"{file('A')}: {error} (edges sorted by graph; nodes and edges counted from 0)") from error
     labels = checked_labels(_integers(file("graph_labels"), 1)[:, 0], len(graphs), str(file("graph_labels")))
     if file("node_labels").is_file():
-        column = _integers(file("node_labels"), None)[:, 0]
-        if len(column) != nodes:
-            raise InputError(f"{file('node_labels')} has {len(column)} lines for {nodes} nodes")
-        values, kinds = column.unique(return_inverse=True)
-        return GraphData(graphs, labels, kinds, None, tuple(map(str, values.tolist())), name)
+        rows = _integers(file("node_labels"), None)
+        if len(rows) != nodes:
+            raise InputError(f"{file('node_labels')} has {len(rows)} lines for {nodes} nodes")
+        values, kinds = rows.unique(dim=0, return_inverse=True)
+        symbols = tuple(",".join(map(str, row)) for row in values.tolist())
+        return GraphData(graphs, labels, kinds, None, symbols, name)
     if file("node_attributes").is_file():
         table = torch.from_numpy(_table(file("node_attributes"), np.float32, None))
         return GraphData(graphs, labels, None, checked_features(table, nodes, str(file("node_attributes"))), (), name)

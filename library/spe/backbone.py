@@ -20,7 +20,7 @@ class GineLayer(nn.Module):
     """x <- MLP((1 + eps) x + sum_u ReLU(x_u + e_uv)), eps from N(0, 1).
 
     `edges` embeds edge types or features, and is None where edges have none. `position` is a perceptron of the nodes'
-    encodings, which are added to x, or of the edges' distances, which multiply e.
+    encodings, which are added to x, or of the edges' distances, which multiply e, and are e where edges have nothing.
     """
 
     def __init__(self, edges: nn.Module | None, position: Perceptron | None, mlp: Perceptron) -> None:
@@ -32,10 +32,11 @@ class GineLayer(nn.Module):
         if self.position is not None and encodings is not None:
             x = x + self.position(encodings)
         messages = x[batch.sources]
-        if self.edges is not None:
-            edge = self.edges(batch.attributes)
-            if self.position is not None and distances is not None:
-                edge = edge * self.position(distances)
+        edge = None if self.edges is None else self.edges(batch.attributes)
+        if self.position is not None and distances is not None:
+            near = self.position(distances)
+            edge = near if edge is None else edge * near
+        if edge is not None:
             messages = messages + edge
         collected = torch.zeros_like(x).index_add(0, batch.destinations, F.relu(messages))
         return self.mlp((1 + self.eps) * x + collected)

@@ -106,9 +106,15 @@ class GraphSamples:
 def spectra_of(graphs: Graphs, encoding: Encoding, cache: Path | None = None) -> GraphSpectra:
     """The eigenpairs of the normalised Laplacian that an encoding uses; isolated nodes have eigenvalue 0.
 
+    Method none uses none, and so computes none.
+
     Raises InputError for a graph that is too large (`Encoding.most_nodes`), a cut that is refused (`Encoding.split`),
     and an eigenvalue outside [0, 2].
     """
+    if encoding.method == "none":
+        nothing = torch.zeros(0, dtype=torch.float64)
+        gaps = torch.full((len(graphs),), torch.inf, dtype=torch.float64)
+        return GraphSpectra(graphs.sizes, torch.zeros_like(graphs.sizes), nothing, nothing, gaps)
     large = graphs.sizes > encoding.most_nodes
     if encoding.method == "spe" and bool(large.any()):
         place = int(large.nonzero()[0])

@@ -55,7 +55,8 @@ class GraphNetwork(nn.Module):
     """Graphs to predictions (B, targets): standardised values for a regression, logits for binary targets.
 
     `centre` and `scale` (targets,), in the model's state, turn standardised values into the target's unit:
-    value = centre + scale * output. PEG's distance |V_u - V_v| of an edge multiplies its embedding in every layer.
+    value = centre + scale * output. PEG's distance |V_u - V_v| of an edge multiplies its embedding in every layer, or
+    is embedded in its place where edges have no types or features.
     """
 
     def __init__(self, encoding: Encoding, backbone: Backbone, schema: Schema) -> None:
@@ -99,7 +100,11 @@ class GraphNetwork(nn.Module):
         return None if self.encoder is None else self.encoder(batch)
 
     def forward(self, batch: SpeBatch) -> Tensor:
-        x, encodings, distances = self.nodes(batch.nodes), self.encode(batch), None
+        return self.read(batch, self.encode(batch))
+
+    def read(self, batch: SpeBatch, encodings: Tensor | None) -> Tensor:
+        """The outputs (B, targets) for encodings (N, p) that `encode` gave."""
+        x, distances = self.nodes(batch.nodes), None
         if self.peg:
             distances = (encodings[batch.sources] - encodings[batch.destinations]).norm(dim=1, keepdim=True)
             encodings = None
@@ -111,9 +116,9 @@ class GraphNetwork(nn.Module):
             x = x + layer(x, batch, encodings, distances)
         return self.head(pooled(x, batch, self.backbone.pooling))
 
-    def predict(self, batch: SpeBatch, *, binary: bool) -> Tensor:
-        """Predictions (B, targets) in the targets' unit, or probabilities where they are binary."""
-        found = self(batch).double()
+    def predict(self, batch: SpeBatch, encodings: Tensor | None, *, binary: bool) -> Tensor:
+        """Predictions (B, targets) in the targets' unit, or probabilities where they are binary, from `encode`'s."""
+        found = self.read(batch, encodings).double()
         return found.sigmoid() if binary else self.centre + self.scale * found
 
 
@@ -141,15 +146,7 @@ def make_phi(encoding: Encoding) -> nn.Module:
 def make_rho(encoding: Encoding, dropout: float = 0.0) -> nn.Module:
     """The outer network."""
     if encoding.rho == "mlp":
-        mlp = Perceptron(
-            encoding.channels,
-            encoding.mlp_hidden,
-            encoding.out,
-            layers=encoding.rho_layers,
-            norm=encoding.norm,
-            dropout=dropout,
-        )
-        return PerceptronRho(mlp)
+        return PerceptronRho(_outer(encoding, encoding.channels, encoding.rho_layers, dropout))
     gin = _gin(encoding, encoding.channels, encoding.rho_hidden, encoding.out, dropout)
     return GinRho(gin) if encoding.rho == "gin" else GinDeepSetsRho(gin)
 
@@ -166,19 +163,18 @@ def make_encoder(encoding: Encoding, dropout: float = 0.0) -> nn.Module | None:
         case "signnet":
             hidden, slots = encoding.rho_hidden, encoding.eigenpairs
             each = hidden if encoding.summed else encoding.sign_width
-            out = Perceptron(
-                hidden if encoding.summed else slots * each,
-                encoding.mlp_hidden,
-                encoding.out,
-                layers=encoding.phi_layers,
-                norm=encoding.norm,
-                dropout=dropout,
-            )
+            out = _outer(encoding, hidden if encoding.summed else slots * each, encoding.phi_layers, dropout)
             return SignNet(_gin(encoding, 1, hidden, each, dropout), out, summed=encoding.summed)
         case "basisnet":
             width = 2 * encoding.eigenpairs
             gin = _gin(encoding, width, width, encoding.out, dropout)
             return BasisNet(encoding.multiplicities, encoding.rho_hidden, gin, released=encoding.official_bugs)
+
+
+def _outer(encoding: Encoding, width: int, layers: int, dropout: float) -> Perceptron:
+    """The perceptron that gives the encodings, in rho mlp and in signnet."""
+    hidden, norm = encoding.outer_hidden or encoding.mlp_hidden, encoding.outer_norm or encoding.norm
+    return Perceptron(width, hidden, encoding.out, layers=layers, norm=norm, dropout=dropout)
 
 
 def _gin(encoding: Encoding, width: int, hidden: int, out: int, dropout: float) -> ColumnGin:

@@ -62,7 +62,7 @@ def translated(network: GraphNetwork, state: Mapping[str, Tensor]) -> dict[str, 
     """A state of the released code under the names and in the shapes of a network here.
 
     What the released code holds but never uses (a perceptron after rho, counters of batches, PEG's input map, the last
-    norm of BasisNet's networks) is left out.
+    norm of BasisNet's networks, the layers' perceptrons of encodings where there are none) is left out.
     """
     found: dict[str, Tensor] = {}
     copies: dict[str, dict[int, Tensor]] = {}
@@ -91,6 +91,7 @@ def _unused(name: str, network: GraphNetwork) -> bool:
         name.endswith("num_batches_tracked")
         or (after_rho and not isinstance(network.encoder.rho, PerceptronRho))
         or (name.startswith("pe_embedding.") and network.peg)
+        or (".pe_embedding." in name and network.encoder is None)
         or re.search(r"\.encs\.\d+\.bns\.3\.", name) is not None
     )
 

@@ -21,6 +21,8 @@ from library.spe.settings import Encoding, Schema
 from library.spectral.graph_spectra import GraphSpectra
 from library.spectral.graphs import Graphs
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class GraphInput:
@@ -37,9 +39,9 @@ class Answer:
 
     values          (targets,) in the targets' unit, or probabilities
     encodings       (n, p)
-    eigenvalues     (k,) those that the encoding uses
+    eigenvalues     (k,) those that the encoding uses, none for method none
     phi             (k, channels), the functions at them
-    gap             distance to the next eigenvalue; infinite where all are used
+    gap             distance to the next eigenvalue; infinite where all or none are used
     multiplicities  dimensions of the eigenspaces, smallest eigenvalue first
     """
 
@@ -87,9 +89,7 @@ class GraphPredictor:
         Raises InputError that begins with `name` and says what is allowed.
         """
         schema = self.schema
-        if any(len(edge) != 2 for edge in edges):
-            raise InputError(f"{name}: an edge is a pair of nodes")
-        pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T
+        pairs = _pairs(edges, name)
         made = GraphInput(
             _described(nodes, schema.node_types, schema.node_features, f"{name}: a node"),
             pairs,
@@ -102,7 +102,12 @@ class GraphPredictor:
         return made
 
     def answer(self, inputs: Sequence[GraphInput], names: Sequence[str] | None = None) -> list[Answer]:
-        """What the network says of each graph. Raises InputError, with the graph's name, for a cut that is refused."""
+        """What the network says of each graph.
+
+        Raises InputError when there are no graphs and, with the graph's name, for a cut that is refused.
+        """
+        if not inputs:
+            raise InputError("there are no graphs")
         data = self._data(inputs)
         spectra = self._spectra(data.graphs, names)
         everything = torch.arange(len(inputs))
@@ -111,8 +116,8 @@ class GraphPredictor:
         with torch.no_grad():
             for chosen, batch in batches_by_size([samples[place] for place in range(len(samples))], self.encoding):
                 moved = to_device(batch, self.device)
-                values = self.network.predict(moved, binary=self.schema.task == "binary").cpu()
                 encodings, phi = self.network.encode(moved), None
+                values = self.network.predict(moved, encodings, binary=self.schema.task == "binary").cpu()
                 rows = encodings.cpu().split(batch.counts.tolist()) if encodings is not None else None
                 if isinstance(self.network.encoder, Spe):
                     phi = self.network.encoder.phi(moved.values, moved.kept).cpu()
@@ -134,7 +139,8 @@ class GraphPredictor:
         kept = [[place for place in range(count) if place != gone] for gone in range(count)]
         variants = [GraphInput(given.nodes, given.edges[:, own], given.attributes[own]) for own in kept]
         whole, *parts = self.answer([given, *variants])
-        return torch.stack([part.values - whole.values for part in parts]) if parts else whole.values.new_zeros(0, 1)
+        changes = [part.values - whole.values for part in parts]
+        return torch.stack(changes) if changes else whole.values.new_zeros(0, len(whole.values))
 
     def _data(self, inputs: Sequence[GraphInput]) -> GraphData:
         graphs = Graphs.from_edges(
@@ -156,6 +162,24 @@ class GraphPredictor:
             raise
 
 
+def _pairs(edges: Sequence[Any], name: str) -> Tensor:
+    """Node pairs as a tensor (2, edges)."""
+    found = _tensor(edges)
+    if not len(edges):
+        return torch.zeros(2, 0, dtype=torch.int64)
+    if found is None or found.dtype not in INTEGERS or tuple(found.shape) != (len(edges), 2):
+        raise InputError(f"{name}: an edge is a pair of nodes, two integers")
+    return found.long().T
+
+
+def _tensor(values: Any) -> Tensor | None:
+    """Numbers in rows of one length as a tensor; None for anything else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def _described(values: Sequence[Any], types: int, features: int, what: str) -> Tensor:
     """Types or feature rows as a tensor. Raises InputError that says which are allowed."""
     if not features:
@@ -163,10 +187,12 @@ def _described(values: Sequence[Any], types: int, features: int, what: str) -> T
         if bad:
             raise InputError(f"{what} has type {bad[0]!r}; types are 0 to {max(types, 1) - 1}")
         return torch.tensor(values, dtype=torch.int64)
-    bad = [value for value in values if not isinstance(value, Sequence) or len(value) != features]
-    if bad:
+    if any(isinstance(value, str) or not isinstance(value, Sequence) or len(value) != features for value in values):
         raise InputError(f"{what} needs {features} features")
-    found = torch.tensor(values, dtype=torch.float32).reshape(-1, features)
+    found = _tensor(values)
+    if found is None or found.numel() != features * len(values):
+        raise InputError(f"{what} has a feature that is no number")
+    found = found.float().reshape(-1, features)
     if not bool(torch.isfinite(found).all()):
         raise InputError(f"{what} has a feature that is NaN or infinite")
     return found

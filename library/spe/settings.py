@@ -55,6 +55,10 @@ class Encoding(BaseModel, frozen=True, extra="forbid"):
     """Width inside them."""
     norm: NormName = "batch"
     """Norm inside them: batch (as released for ZINC), layer (faster, no graph sees another), none."""
+    outer_hidden: PositiveInt | None = None
+    """Width inside the perceptron that is rho mlp, or ends signnet; None is mlp_hidden, released is rho_hidden."""
+    outer_norm: NormName | None = None
+    """Norm inside it; None is norm. Released is layer for rho mlp and batch for signnet."""
     over_nodes: Literal["sum", "mean"] = "sum"
     """rho's last step over a graph's nodes j: their sum, as published, or mean, which no graph's size makes large."""
     between: bool = False

@@ -40,6 +40,7 @@ def extreme_eigenpairs(
     smallest: int = 0,
     generator: torch.Generator,
     tolerance: float = 1e-6,
+    own: bool = False,
     basis: int | None = None,
     limit: int = 2000,
 ) -> Eigenpairs:
@@ -47,7 +48,8 @@ def extreme_eigenpairs(
 
     The Rayleigh-Ritz pairs of a growing orthonormal basis are taken; the residuals of as many unfinished ones as
     `start` has columns extend it, which spans the block Krylov space. A full basis is cut down to the Ritz vectors at
-    the wanted ends. A pair has converged when its residual is at most `tolerance` times the largest |value|; after
+    the wanted ends. A pair has converged when its residual is at most `tolerance` times the largest |value|, or with
+    `own` times its own |value| (never less than 100 roundings of the largest); after
     `limit` products the pairs are returned as they are, `converged` says which are good.
 
     `start` (n, b) is a block of random vectors, or of earlier eigenvectors and a random one (a warm start must not be
@@ -92,7 +94,7 @@ def extreme_eigenpairs(
         ritz, ritz_images = vectors @ rotation[:, :near], images @ rotation[:, :near]
         rest = ritz_images - ritz * values[:near]
         residuals = torch.linalg.vector_norm(rest, dim=0)
-        done = residuals <= tolerance * values.abs().max()
+        done = residuals <= _allowed(values, near, tolerance, own)
         if (near == wanted and bool(done.all())) or products >= limit:
             break
         if len(values) + block > room:
@@ -103,6 +105,14 @@ def extreme_eigenpairs(
         products += new.shape[1]
     falling = values[:near].argsort(descending=True)
     return Eigenpairs(values[:near][falling], ritz[:, falling], residuals[falling], done[falling], products)
+
+
+def _allowed(values: Tensor, near: int, tolerance: float, own: bool) -> Tensor:
+    """The residuals at which the first `near` of all Ritz values count as converged."""
+    largest = values.abs().max()
+    if not own:
+        return tolerance * largest
+    return torch.maximum(tolerance * values[:near].abs(), 100 * torch.finfo(values.dtype).eps * largest)
 
 
 def _extension(vectors: Tensor, directions: Tensor, generator: torch.Generator, block: int) -> Tensor:

@@ -113,13 +113,9 @@ def rayleigh_terms(graphs: Graphs, signals: Tensor) -> tuple[Tensor, Tensor]:
     """x^T L x and x^T x of every graph and channel, each (graphs, channels), for node signals (nodes, channels).
 
     x^T L x = sum over edges w_ij (x_i / sqrt(d_i) - x_j / sqrt(d_j))^2, with L normalised: never negative, and
-    O(edges) work per channel. In the dtype of `signals`. Raises InputError for a wrong shape.
+    O(edges) work per channel. In the dtype of `signals`. Raises InputError for a wrong shape, NaN and infinity.
     """
-    if signals.ndim != 2 or len(signals) != graphs.num_nodes or not signals.is_floating_point():
-        raise InputError(
-            f"signals must be real (nodes, channels) with {graphs.num_nodes} nodes, got {signals.dtype} "
-            f"{tuple(signals.shape)}"
-        )
+    check_signals(graphs, signals)
     scale = torch.where(graphs.degrees > 0, graphs.degrees, 1.0).rsqrt().to(signals.dtype)
     scaled = signals * scale[:, None]
     i, j = graphs.edges
@@ -137,8 +133,11 @@ def one_hot_rayleigh_terms(graphs: Graphs, kinds: Tensor, count: int) -> tuple[T
     For kind c: x^T L x = (its nodes that are not isolated) - 2 sum over edges inside c of w_ij / sqrt(d_i d_j), and
     x^T x = its nodes. `kinds` int64 (nodes,). Float64 (graphs, count). Raises InputError for a kind outside 0..count-1.
     """
-    if kinds.shape != (graphs.num_nodes,) or bool(((kinds < 0) | (kinds >= count)).any()):
-        raise InputError(f"kinds must be one number from 0 to {count - 1} for each of the {graphs.num_nodes} nodes")
+    if kinds.dtype != torch.int64 or kinds.shape != (graphs.num_nodes,) or bool(((kinds < 0) | (kinds >= count)).any()):
+        raise InputError(
+            f"kinds must be an int64 from 0 to {count - 1} for each of the {graphs.num_nodes} nodes, got {kinds.dtype} "
+            f"{tuple(kinds.shape)}"
+        )
     cell = graphs.graph_of_node * count + kinds
     i, j = graphs.edges
     same = kinds[i] == kinds[j]
@@ -152,17 +151,45 @@ def one_hot_rayleigh_terms(graphs: Graphs, kinds: Tensor, count: int) -> tuple[T
 def rayleigh_quotients(graphs: Graphs, signals: Tensor) -> Tensor:
     """x^T L x / x^T x of every graph and channel: (graphs, channels), within [0, 2]; 0 where a signal vanishes.
 
+    Computed in float64 from `unit_signals`, so that a signal's size does not matter. Raises InputError as
+    `rayleigh_terms`.
+
     >>> cycle = Graphs.from_edges([4], [[0, 1, 2, 3], [1, 2, 3, 0]])
     >>> rayleigh_quotients(cycle, torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [1.0, -1.0]]))
-    tensor([[0.0000, 2.0000]])
+    tensor([[0., 2.]])
     """
-    return quotients(*rayleigh_terms(graphs, signals))
+    check_signals(graphs, signals)
+    return quotients(*rayleigh_terms(graphs, unit_signals(graphs, signals.double()))).to(signals.dtype)
 
 
 def quotients(energies: Tensor, squares: Tensor) -> Tensor:
-    """energies / squares, 0 where a square is 0; differentiable there too."""
-    present = squares > 0
-    return torch.where(present, energies / torch.where(present, squares, 1), 0)
+    """energies / squares, 0 where a square is 0; differentiable there too. NaN stays NaN."""
+    absent = squares == 0
+    return torch.where(absent, 0, energies / torch.where(absent, 1, squares))
+
+
+def check_signals(graphs: Graphs, signals: Tensor) -> None:
+    """Raise InputError for signals that are not real and finite numbers (nodes, channels)."""
+    if signals.ndim != 2 or len(signals) != graphs.num_nodes or not signals.is_floating_point():
+        raise InputError(
+            f"signals must be real (nodes, channels) with {graphs.num_nodes} nodes, got {signals.dtype} "
+            f"{tuple(signals.shape)}"
+        )
+    bad = ~torch.isfinite(signals)
+    if bool(bad.any()):
+        node, channel = bad.nonzero()[0].tolist()
+        raise InputError(f"the signal of node {node}, channel {channel}, is NaN or infinite")
+
+
+def unit_signals(graphs: Graphs, signals: Tensor) -> Tensor:
+    """Signals (nodes, channels) over their largest size in each graph; one that vanishes stays zero.
+
+    The divisor counts as a constant in derivatives: those of a quotient that no scale changes are right.
+    """
+    places = graphs.graph_of_node[:, None].expand_as(signals)
+    largest = signals.new_zeros(len(graphs), signals.shape[1])
+    largest = largest.scatter_reduce(0, places, signals.detach().abs(), "amax")
+    return signals / torch.where(largest > 0, largest, 1)[graphs.graph_of_node]
 
 
 def _parts(graphs: Graphs, laplacian: Laplacian, isolated: Literal[0, 1]) -> tuple[Tensor, Tensor]:

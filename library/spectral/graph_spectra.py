@@ -4,8 +4,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,15 @@ from torch import Tensor
 from library import files
 from library.errors import InputError, PrismError
 from library.spectral.eigen import extreme_eigenpairs
-from library.spectral.graph_laplacians import Laplacian, dense_laplacians, graph_sums, laplacian_matrix, quotients
+from library.spectral.graph_laplacians import (
+    Laplacian,
+    check_signals,
+    dense_laplacians,
+    graph_sums,
+    laplacian_matrix,
+    quotients,
+    unit_signals,
+)
 from library.spectral.graphs import Graphs, ragged_ranges, size_buckets
 from library.spectral.trace import random_probes
 
@@ -104,8 +113,8 @@ def eigenpairs(
     same, and the result's `gaps` tell. "shrink" refuses a graph whose first eigenspace is larger than `count`.
 
     `cache` is a folder that keeps results by the content of the batch and these options. Signs and bases within an
-    eigenspace are arbitrary. Raises InputError for count below 1 and refused cuts, PrismError when Lanczos does not
-    converge.
+    eigenspace are arbitrary. Raises InputError for options that there are not and refused cuts, PrismError when Lanczos
+    does not converge.
 
     >>> from library.spectral.graphs import Graphs
     >>> star = Graphs.from_edges([4], [[0, 0, 0], [1, 2, 3]])
@@ -113,8 +122,7 @@ def eigenpairs(
     >>> spectra.values.round(decimals=6).abs().tolist(), spectra.multiplicities(0)
     ([0.0, 1.0, 1.0, 2.0], [1, 2, 1])
     """
-    if count is not None and count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
+    _check_options(count, isolated, split)
     file = None
     if cache is not None:
         file = cache / f"{_key(graphs, count, laplacian, isolated, split, gap, dense_nodes)}.safetensors"
@@ -160,15 +168,19 @@ def spectral_energies(graphs: Graphs, spectra: GraphSpectra, signals: Tensor) ->
     """f_k = (u_k^T x)^2 / x^T x of node signals (nodes, channels) at every eigenvalue: (sum of counts, channels).
 
     Rows follow `spectra.values`. With all eigenpairs, the energies of a graph add up to 1, or to 0 where a signal
-    vanishes. Inside a repeated eigenvalue only their sum does not depend on the basis.
+    vanishes. Inside a repeated eigenvalue only their sum does not depend on the basis. Raises InputError for signals of
+    a wrong shape, NaN and infinity.
     """
+    signals = signals.double()
+    check_signals(graphs, signals)
+    signals = unit_signals(graphs, signals)
     parts = zip(
         spectra.vectors.split((spectra.sizes * spectra.counts).tolist()),
-        signals.double().split(graphs.sizes.tolist()),
+        signals.split(graphs.sizes.tolist()),
         strict=True,
     )
     coefficients = torch.cat([vectors.reshape(len(own), -1).mT @ own for vectors, own in parts])
-    squares = graph_sums(graphs, signals.double().square()).repeat_interleave(spectra.counts, 0)
+    squares = graph_sums(graphs, signals.square()).repeat_interleave(spectra.counts, 0)
     return quotients(coefficients.square(), squares)
 
 
@@ -181,7 +193,16 @@ def accumulated_energy(values: Tensor, energies: Tensor, points: Tensor) -> Tens
     Graph Neural Networks for Graph-level Anomaly Detection", 2024.
     """
     running = torch.cat([energies.new_zeros(1, energies.shape[1]), energies.cumsum(0)])
-    return running[torch.searchsorted(values.contiguous(), (points + 1e-9).to(values), right=True)]
+    return running[torch.searchsorted(values.contiguous(), points.to(values) + 1e-9, right=True)]
+
+
+def _check_options(count: int | None, isolated: int, split: str) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
+        raise InputError(f"count must be an integer and at least 1, got {count!r}")
+    if isolated not in (0, 1):
+        raise InputError(f"isolated must be 0 or 1, got {isolated!r}")
+    if split not in get_args(Split):
+        raise InputError(f"there is no split {split!r}; there are {', '.join(get_args(Split))}")
 
 
 def _firsts(lengths: Tensor) -> Tensor:
@@ -214,8 +235,6 @@ def _cut(values: Tensor, wanted: int, size: int, split: Split, gap: float, place
         if len(below) == 0:
             raise InputError(f"{where}, which is its first; choose a larger count, or split extend or keep")
         return int(below[-1]) + 1
-    if split != "extend":
-        raise InputError(f"there is no split {split!r}; there are shrink, extend, keep, error")
     above = steps[wanted:].nonzero()
     return wanted + int(above[0]) + 1 if len(above) else len(values)
 

@@ -151,20 +151,40 @@ class Graphs:
         return torch.from_numpy(connected_components(links, directed=False)[1]).long().to(self.device)
 
     def nodes_of(self, chosen: Tensor) -> Tensor:
-        """The nodes of the chosen graphs, graph after graph, to pick their signals with."""
+        """The nodes of the chosen graphs, graph after graph, to pick their signals with; see `select`."""
+        chosen = self._numbers(chosen)
         return ragged_ranges(self.offsets[chosen], self.sizes[chosen])
 
     def edges_of(self, chosen: Tensor) -> Tensor:
-        """The edges of the chosen graphs, graph after graph, to pick their attributes with."""
+        """The edges of the chosen graphs, graph after graph, to pick their attributes with; see `select`."""
+        chosen = self._numbers(chosen)
         return ragged_ranges(self._edge_offsets[chosen], self.edge_counts[chosen])
 
     def select(self, chosen: Any) -> "Graphs":
-        """The chosen graphs, in that order, as a batch of their own."""
-        chosen = torch.as_tensor(chosen, device=self.device)
+        """The chosen graphs, in that order, as a batch of their own.
+
+        `chosen` are numbers, counted from the end where negative, or a bool mask (graphs,). Raises InputError for
+        others.
+        """
+        chosen = self._numbers(chosen)
         places = self.edges_of(chosen)
         sizes = self.sizes[chosen]
         shift = (_starts(sizes)[:-1] - self.offsets[chosen]).repeat_interleave(self.edge_counts[chosen])
         return Graphs(sizes, self.edges[:, places] + shift, None if self.weights is None else self.weights[places])
+
+    def _numbers(self, chosen: Any) -> Tensor:
+        """A choice of graphs as numbers from 0."""
+        chosen = torch.as_tensor(chosen, device=self.device)
+        if chosen.dtype == torch.bool and chosen.shape == self.sizes.shape:
+            return chosen.nonzero().flatten()
+        whole = not (chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.is_complex())
+        if not whole and chosen.numel():
+            raise InputError(f"graphs are chosen by integers or a mask of {len(self)}, got {chosen.dtype}")
+        chosen = chosen.long()
+        outside = (chosen < -len(self)) | (chosen >= len(self))
+        if bool(outside.any()):
+            raise InputError(f"there is no graph {int(chosen[outside][0])}; graphs are 0 to {len(self) - 1}")
+        return torch.where(chosen < 0, chosen + len(self), chosen)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Graphs":
         """The batch on `device`."""
@@ -228,14 +248,20 @@ def _starts(lengths: Tensor) -> Tensor:
 
 
 def _integers(values: Any, name: str) -> Tensor:
-    found = torch.as_tensor(values)
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, None, text, and what exceeds 64 bits
+        raise InputError(f"{name} must be integers: {str(error).splitlines()[0]}") from error
     if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
         raise InputError(f"{name} must be integers, got {found.dtype}")
     return found.long()
 
 
 def _weights(values: Any, count: int) -> Tensor:
-    found = torch.as_tensor(values)
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"weights must be numbers: {str(error).splitlines()[0]}") from error
     found = found if found.is_floating_point() else found.double()
     if found.shape != (count,):
         raise InputError(f"weights must be one number for each of the {count} edges, got {tuple(found.shape)}")

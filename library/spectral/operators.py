@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library import collective
-from library.errors import InputError, NonFiniteError
+from library.errors import InputError, NonFiniteError, PrismError
 from library.recipe import to_device
 from library.spectral.differentiation import batched_grad, evaluation_mode, require_twice_differentiable
 from library.spectral.layout import Layout
@@ -30,6 +30,7 @@ from library.spectral.trace import Operator, product, random_probes
 Loss = Callable[[Any, Any], Tensor]
 CHUNK = 8  # backward passes that run as one
 DENSE_BYTES = 4 << 30  # the largest matrix that `dense_matrix` forms
+FLOOR = 32  # roundings by which the loss may differ between two passes, however small it is
 
 
 class CurvatureOperator(ABC):
@@ -46,9 +47,10 @@ class CurvatureOperator(ABC):
     The forward passes run in evaluation mode; each module is put back as it was. float32 products carry rounding
     errors of about 1e-6 of the largest eigenvalue: use a float64 model where signs of small ones matter.
 
-    Raises InputError for data that can be read only once or are empty, unknown parameters, a block of another length,
-    operations that cannot be differentiated twice, and a loss that changes between two passes over the data
-    (augmentation, a shuffling loader that drops samples, dropout): the products would be of different matrices.
+    Raises InputError for data that can be read only once, are empty or do not fit the model or the loss (shapes,
+    dtypes, labels out of range), unknown parameters, a block of another length, operations that cannot be
+    differentiated twice, and a loss or outputs that change between two passes over the data (augmentation, a shuffling
+    loader that drops samples, dropout): the products would be of different matrices.
     Raises NonFiniteError for a loss or product that is not finite.
     """
 
@@ -64,8 +66,7 @@ class CurvatureOperator(ABC):
     ) -> None:
         if isinstance(data, Iterator):
             raise InputError("data: a generator or iterator can be read only once; give a list or a data loader")
-        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-            data = [data]
+        data = as_batches(data)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}")
         trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -79,7 +80,7 @@ class CurvatureOperator(ABC):
         self._parameters = {name: value for name, value in trainable.items() if name in wanted}
         self.layout = Layout(tuple(self._parameters), tuple(value.shape for value in self._parameters.values()))
         self.chunk = chunk or (1 if self.device.type == "cpu" and _convolves(model) else CHUNK)
-        self._seen: float | None = None
+        self._seen: tuple[float, float] | None = None
 
     @property
     def size(self) -> int:
@@ -111,7 +112,7 @@ class CurvatureOperator(ABC):
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """The batches of this worker on the operator's device."""
-        for source, target in self.data:
+        for source, target in map(as_pair, self.data):
             yield to_device((source, target), self.device)
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
@@ -121,8 +122,8 @@ class CurvatureOperator(ABC):
 
     def __call__(self, block: Tensor) -> Tensor:
         """A times the columns of `block` (n, p)."""
-        if block.ndim != 2 or block.shape[0] != self.size:
-            raise InputError(f"a block of shape {tuple(block.shape)} does not fit: ({self.size}, p) is needed")
+        if block.ndim != 2 or block.shape[0] != self.size or not block.shape[1]:
+            raise InputError(f"a block of shape {tuple(block.shape)} does not fit: ({self.size}, p) is needed, p >= 1")
         block = block.to(device=self.device, dtype=self.dtype)
         return self._finish(self._sum(lambda batch, loss: self._product(batch, loss, block), block.shape[1])[1], block)
 
@@ -138,16 +139,18 @@ class CurvatureOperator(ABC):
 
     def _sum(self, term: "Callable[[_Batch, Tensor], Tensor]", columns: int) -> tuple[float, Tensor]:
         """The mean loss and mean of `term` (n, columns) over all units of all workers."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
         images: Tensor | None = None
         with evaluation_mode(self.model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             for source, target in self.batches():
                 units = self.count(target)
-                output = self.model(source)
-                loss = self.loss(output, target)
-                if not isinstance(loss, Tensor) or loss.ndim != 0:
-                    raise InputError("loss must return a scalar tensor, the mean over the batch")
-                total += torch.stack([units * loss.detach().double(), loss.new_tensor(units, dtype=torch.float64)])
+                output, loss = output_and_loss(self.model, self.loss, source, target)
+                sums = (
+                    units * loss.detach().double(),
+                    loss.new_tensor(units, dtype=torch.float64),
+                    _energy(output, loss),
+                )
+                total += torch.stack(sums)
                 try:
                     found = term(_Batch(output, target), loss)
                     images = found.mul_(units) if images is None else images.add_(found, alpha=units)
@@ -155,11 +158,11 @@ class CurvatureOperator(ABC):
                     if "not implemented" in str(error) or "does not require grad" in str(error):
                         raise InputError(f"the model cannot be differentiated twice: {_first(error)}") from error
                     raise
-        mean, units = collective.all_sum(total).tolist()
+        mean, units, energy = collective.all_sum(total).tolist()
         if units == 0:
             raise InputError("data: there are no samples")
         value = mean / units
-        self._check_same(value)
+        self._check_same(value, energy / units)
         if images is None:  # this worker holds no batch
             images = torch.zeros(columns, self.size, dtype=self.dtype, device=self.device).mT
         images = (collective.all_sum(images) if collective.active() else images).div_(units)
@@ -167,17 +170,22 @@ class CurvatureOperator(ABC):
             raise NonFiniteError("a product with the curvature matrix is not finite")
         return value, images
 
-    def _check_same(self, value: float) -> None:
-        """The loss of this pass is that of the first one, or these are not products of one matrix."""
+    def _check_same(self, value: float, energy: float) -> None:
+        """Loss and outputs of this pass are those of the first one, or these are not products of one matrix.
+
+        A small loss is mostly rounding, so that the outputs' mean square tells whether it is still of the same data.
+        """
         if not value - value == 0:
             raise NonFiniteError(f"the loss is {value}; its derivatives mean nothing")
         if self._seen is None:
-            self._seen = value
-        elif abs(value - self._seen) > torch.finfo(self.dtype).eps ** 0.5 * max(1.0, abs(self._seen)):
+            self._seen = value, energy
+        before, known = self._seen
+        eps = torch.finfo(self.dtype).eps
+        if abs(value - before) > eps**0.5 * abs(before) + FLOOR * eps or abs(energy - known) > eps**0.5 * known:
             raise InputError(
-                f"the loss changed from {self._seen:.6g} to {value:.6g} between two passes over the data, so this is "
-                "not one symmetric operator: the data are augmented or not always the same, the model is random "
-                "(dropout), or its parameters were changed"
+                f"the loss changed from {before:.6g} to {value:.6g} between two passes over the data, or the outputs "
+                "did, so this is not one symmetric operator: the data are augmented or not always the same, the model "
+                "is random (dropout), or its parameters were changed"
             )
 
     def _first_derivative(self, value: Tensor, *, graph: bool = True) -> Tensor:
@@ -327,6 +335,39 @@ def require_symmetric(operator: Operator, probes: Tensor) -> None:
         )
 
 
+def as_batches(data: Iterable[tuple[Any, Any]]) -> Iterable[tuple[Any, Any]]:
+    """A single pair (input, target) of tensors as a list of one batch; anything else as it is."""
+    return [data] if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) else data
+
+
+def as_pair(batch: Any) -> tuple[Any, Any]:
+    """A batch as (input, target). Raises InputError when it is not a pair."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InputError(f"data: a batch must be a pair (input, target), got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
+def output_and_loss(model: nn.Module, loss: Loss, source: Any, target: Any) -> tuple[Any, Tensor]:
+    """Output and loss of one batch. Raises InputError when it does not fit the model, or the loss is no scalar."""
+    try:
+        output = model(source)
+        value = loss(output, target)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, PrismError | torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
+        raise InputError(f"data: a batch does not fit the model or the loss: {_first(error)}") from error
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        raise InputError("loss must return a scalar tensor, the mean over the batch")
+    return output, value
+
+
+def _energy(output: Any, like: Tensor) -> Tensor:
+    """The sum of squares of a tensor of outputs; 0 for any other output."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return like.new_zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(output.detach()).double().square()
+
+
 @dataclass(frozen=True)
 class _Batch:
     output: Any
@@ -344,7 +385,7 @@ def _convolves(model: nn.Module) -> bool:
 
 
 def _first(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _listed(names: list[str]) -> str:

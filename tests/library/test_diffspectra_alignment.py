@@ -114,6 +114,11 @@ def test_other_molecules_are_paired_by_element_first() -> None:
     assert 0.1 < found.rmsd < 2
     with pytest.raises(InputError, match="molecules of 9 and 7 atoms"):
         align(ethanol, amine)
+    nowhere = Structure(ethanol.positions * float("nan"), ethanol.types, ethanol.charges, ethanol.bonds)
+    with pytest.raises(InputError, match="probe: a position is not finite"):
+        align(ethanol, nowhere)
+    with pytest.raises(InputError, match="reference: a position is not finite"):
+        align(nowhere, ether)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +132,25 @@ def test_other_molecules_are_paired_by_element_first() -> None:
         ("C[C@H]1CC[C@H](C)C1", "C[C@H]1CC[C@@H](C)C1", False),
         ("CCO", "COC", False),
         ("CC(C)(C)C", "CC(C)(C)C", True),
+        ("[H][H]", "[H][H]", True),
+        ("[H][H]", "F", False),
+        ("[H]/N=C/C", r"[H]/N=C\C", False),
+        ("[H]/N=N/[H]", r"[H]/N=N\[H]", False),
+        ("CC=N", "CC=N", True),
+        ("C=CF", "C=CF", True),
     ],
 )
 def test_stereoisomers_are_told_apart_up_to_mirror_images(first: str, second: str, same: bool) -> None:
     one, two = (entry.structure for entry in from_smiles([first, second]))
     assert same_stereo(one, copy(two, 5)) is same
     assert same_stereo(copy(two, 6, mirror=True), one) is same
+
+
+@pytest.mark.parametrize("smiles", ["CC=C=CC", "CC=C=O", "CN=C=O", "CN=[N+]=[N-]", "CC=[N+]=[N-]", "CN=C=N"])
+def test_cumulated_double_bonds_have_no_sides(smiles: str) -> None:
+    """Their atoms lie on a line, so that a little noise turns the dihedrals over."""
+    one = from_smiles([smiles])[0].structure
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        noise = 0.03 * torch.randn(one.positions.shape, generator=generator)
+        assert same_stereo(one, Structure(one.positions + noise, one.types, one.charges, one.bonds))

@@ -86,6 +86,19 @@ def test_scattered_intensities_follow_the_formula() -> None:
 
     assert float(ratio[0]) == pytest.approx(1, rel=1e-5)
     assert float(ratio[1]) == pytest.approx(factor(3000) / factor(1000), rel=1e-5)
+    many, places = [lines([700.0, 3100.0], [5.0, 1.0])], grid("raman").double().numpy()
+    moved = {"scale": torch.tensor([1.01]), "shift": torch.tensor([4.0])}
+    activity, intensity = (
+        broaden(many, "raman", Broadening(raman=kind, frequency_scale=0.965), **moved)[0].double().numpy()
+        for kind in ("activity", "intensity")
+    )
+    np.testing.assert_allclose(intensity, activity * factor(places) / factor(1000), rtol=1e-6)
+
+
+def test_molecules_without_lines_have_spectra_of_zeros() -> None:
+    nothing = lines([], [])
+    assert not broaden([nothing, nothing], "ir").any()
+    assert not broaden([nothing, lines([1000.0], [1.0])], "ir")[0].any()
 
 
 def test_frequency_scale_moves_vibrations_and_not_excitations() -> None:
@@ -245,6 +258,9 @@ def test_pieces_of_chains() -> None:
         (lambda: Collate()([], torch.zeros(0)), "at least one molecule"),
         (lambda: batch_of([METHANE], {}).buckets(0), "at least 1"),
         (lambda: broaden([], "ir"), "no ir lines"),
+        (lambda: broaden([lines([1.0], [1.0])], "nmr"), "no modality 'nmr'"),
+        (lambda: broaden([lines([float("nan")], [1.0])], "ir"), "a ir line is not finite"),
+        (lambda: broaden([lines([1.0], [float("inf")])], "uv"), "a uv line is not finite"),
         (lambda: grid("nmr"), "no modality 'nmr'; there are uv, ir, raman"),
         (lambda: chosen(()), "no modality was chosen"),
         (lambda: network_input(torch.tensor([[1.0, -0.5]])), "negative intensity -0.5"),
@@ -262,20 +278,58 @@ def test_bad_input_is_one_clear_line(call, message: str) -> None:
         call()
 
 
+def changed_at(content: dict[str, np.ndarray], key: str, value: object) -> dict[str, np.ndarray]:
+    """The arrays with another second row of one of them."""
+    array = content[key].astype(np.int64) if content[key].dtype.kind == "i" else content[key].copy()
+    array[1] = value
+    return content | {key: array}
+
+
+def without_bond(content: dict[str, np.ndarray], molecule: int) -> dict[str, np.ndarray]:
+    """The arrays without the first bond of a molecule."""
+    ends = content["bond_offset"].copy()
+    ends[molecule + 1 :] -= 1
+    return content | {"bond_offset": ends, "bonds": np.delete(content["bonds"], ends[molecule], 0)}
+
+
 def test_files_of_lines_are_checked(data: MoleculeData, tmp_path: Path) -> None:
     from library.samples import sample_file
 
     with sample_file("diffspectra", "simulated_gfn2_lines.npz").open("rb") as stream, np.load(stream) as arrays:
         content = dict(arrays)
+    middle = 500
     changes = {
         "has no array 'raman'": {k: v for k, v in content.items() if k != "raman"},
         "atomic number 14 is none": content | {"z": np.where(content["z"] == 6, 14, content["z"])},
-        "mode_offset does not cut": content | {"freq": content["freq"][1:]},
+        "mode_offset does not cut the 45803 rows of 'freq'": content | {"freq": content["freq"][1:]},
+        "mode_offset does not cut the 45803 rows of 'ir'": content | {"ir": content["ir"][1:]},
+        "rows of 'pos' into": content | {"pos": content["pos"][1:]},
+        "rows of 'formal_charge' into": content | {"formal_charge": content["formal_charge"][1:]},
+        r"pos is float32 \(17936, 2\); it must hold numbers, \(rows, 3\)": content | {"pos": content["pos"][:, 1:]},
+        "atom_offset is float32": content | {"atom_offset": content["atom_offset"].astype(np.float32)},
+        "have 5 entries of 'split'": content | {"split": content["split"][:5]},
+        "split must be 0, 1 or 2": changed_at(content, "split", 9),
+        "atomic number 262 is none": changed_at(content, "z", 262),
+        "formal charges of -1 to 1": changed_at(content, "formal_charge", 3),
+        "a position is not finite": changed_at(content, "pos", np.nan),
+        "atom that is not there": changed_at(content, "bonds", [0, 120, 1]),
+        "bonded to itself": changed_at(content, "bonds", [1, 1, 1]),
+        "orders must be 1 to 3": changed_at(content, "bonds", [0, 1, 7]),
+        "orders must be 1 to 3, kekulized": changed_at(content, "bonds", [0, 1, -1]),
+        "listed twice": changed_at(content, "bonds", content["bonds"][0][[1, 0, 2]]),
+        f"into one part .molecule {middle}": without_bond(content, middle),
+        "freq is not finite": changed_at(content, "freq", np.nan),
+        "ir is negative or not finite": changed_at(content, "ir", -1.0),
+        "uv_strength is negative or not finite": changed_at(content, "uv_strength", np.inf),
+        "holds no molecules": {k: v[:1] if k.endswith("offset") else v[:0] for k, v in content.items()},
     }
     for place, (message, arrays) in enumerate(changes.items()):
         np.savez(tmp_path / f"{place}.npz", **arrays)
         with pytest.raises(InputError, match=message):
             load_molecules(str(tmp_path / f"{place}.npz"))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "0.npz").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cut.npz is no NPZ file"):
+        load_molecules(str(tmp_path / "cut.npz"))
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(InputError, match=r"text.npz is no NPZ file"):
         load_molecules(str(tmp_path / "text.npz"))

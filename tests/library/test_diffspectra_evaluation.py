@@ -31,6 +31,10 @@ def broken(structure: Structure) -> Structure:
     return Structure(structure.positions, structure.types, structure.charges, 3 * (structure.bonds > 0).long())
 
 
+def nowhere(structure: Structure) -> Structure:
+    return Structure(structure.positions * float("nan"), structure.types, structure.charges, structure.bonds)
+
+
 def stripped(structure: Structure) -> Structure:
     """Without its last hydrogen."""
     parts = (structure.positions[:-1], structure.types[:-1], structure.charges[:-1])
@@ -158,6 +162,7 @@ def test_ranking_is_by_count_then_by_penalty(made) -> None:
         (lambda one: evaluate({0: one}, {0: []}), "no samples to evaluate"),
         (lambda one: evaluate({0: one}, {4: [one]}), "samples of molecule 4, which is not among"),
         (lambda one: evaluate({0: stripped(one)}, {0: [one]}), "a true molecule cannot be built: missing hydrogens"),
+        (lambda one: evaluate({0: one}, {0: [nowhere(one)]}), "a sample: a position is not finite"),
         (lambda one: right_of(3, 1, 4), "1 to 3 can be drawn, not 4"),
     ],
 )

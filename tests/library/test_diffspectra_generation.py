@@ -234,12 +234,22 @@ def test_what_cannot_be_answered_is_refused(elucidator):
         ({"spectra": {"uv": uv}, "atoms": 3, "formula": {"C": 1, "H": 4}}, "3 are given, but the formula has 5"),
         ({"spectra": {"uv": uv}, "formula": {"S": 1}}, "S is none of"),
         ({"spectra": {"uv": uv}, "formula": {"C": -1, "H": 4}}, "-1 atoms of C"),
+        ({"spectra": {"uv": uv}, "formula": {"C": 1.5, "H": 2.5}}, "1.5 atoms of C"),
+        ({"spectra": {"uv": uv}, "atoms": 2.5}, "2.5 is not a whole number"),
     ):
         with pytest.raises(InputError, match=message):
             Query(**told)
-    network = Conditioned(ENCODER, DENOISER)
+    network, sizes = Conditioned(ENCODER, DENOISER), torch.full((2, 1), 5)
     with pytest.raises(InputError, match="evaluation mode"):
-        draw_samples(network, torch.zeros(1, 16), torch.ones(1, 1).long(), elucidator.schedule, FEW, keys=[0])
+        draw_samples(network, torch.zeros(2, 16), sizes, elucidator.schedule, FEW, keys=[0, 1])
+    for rows, told, message in (
+        (2, {"keys": [0]}, "keys: 1 for the sizes of 2 queries"),
+        (1, {"keys": [0, 1]}, "conditions: 1 for the sizes of 2"),
+        (2, {"keys": [0, 1], "formulas": [None]}, "formulas: 1 for the sizes of 2"),
+        (2, {"keys": [0, 1], "formulas": [None, {"C": 1, "H": 4, "O": 1}]}, "but the formula has 6"),
+    ):
+        with pytest.raises(InputError, match=message):
+            draw_samples(network.eval(), torch.zeros(rows, 16), sizes, elucidator.schedule, FEW, **told)
 
 
 def test_absent_spectra_are_those_a_conditioned_network_learned_to_miss():

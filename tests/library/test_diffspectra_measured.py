@@ -1,10 +1,13 @@
 """Spectra on any axis come onto the grid with their area and place, and what is wrong with one is said."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 
 from library.diffspectra.broadening import broaden
+from library.diffspectra.entries import Entry, checked, read_entries
 from library.diffspectra.lines import MODALITIES, POINTS, Lines, grid
 from library.diffspectra.measured import EV_NM, on_grid
 from library.errors import InputError
@@ -85,6 +88,9 @@ def test_doubts_are_warnings() -> None:
         (("nmr", [1.0]), "no modality 'nmr'"),
         (("ir", [0.0] * 3501), "is zero everywhere"),
         (("ir", [float("nan")] * 3501), "finite numbers"),
+        (("ir", []), "ir: a list of finite numbers is needed"),
+        (("ir", ["a"] * 3501), "ir: a list of finite numbers is needed"),
+        (("ir", [1.0] * 3, ["a"] * 3), "ir: a list of finite numbers is needed"),
         (("ir", [-1.0, *[1.0] * 3500]), "falls to -1"),
         (("ir", [1.0, 2.0], [500.0]), "1 places for 2 values"),
         (("ir", [1.0] * 3, [500.0, 700.0, 600.0]), "rise or fall throughout; it does not at point 2"),
@@ -102,9 +108,43 @@ def test_bad_spectra_are_one_clear_line(arguments: tuple, message: str) -> None:
         ({"x": list(range(3501)), "axis": "THz"}, "x in 'THz'; there are cm-1, um"),
         ({"x": list(range(3501)), "axis": "um"}, "not positive"),
         ({"values": "reflectance"}, "there are intensity, absorbance, transmittance, percent transmittance"),
+        ({"area": -1.0}, "area -1; it must be positive and finite"),
+        ({"area": float("nan")}, "area nan; it must be"),
         ({"values": "transmittance"}, "transmittances from 2 to 2; they lie between 0 and 1"),
     ],
 )
 def test_bad_options_are_one_clear_line(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         on_grid("ir", [2.0] * 3501, **options)
+
+
+def test_no_transmittance_is_refused() -> None:
+    with pytest.raises(InputError, match="ir: a list of finite numbers is needed"):
+        on_grid("ir", [], values="transmittance")
+
+
+def entries_of(columns: str, *rows: str) -> list[Entry]:
+    text = "\n".join((f"molecule,modality,x,y,{columns}", *rows))
+    return [checked(entry) for entry in read_entries(io.BytesIO(text.encode()), "a.csv")]
+
+
+def test_tables_say_whether_a_spectrum_is_absolute() -> None:
+    rows = [f"{word},ir,{x},1,{word}" for word in ("no", "yes", "False", "true") for x in (500, 600)]
+    found = [entry.spectra["ir"].absolute for entry in entries_of("absolute", *rows)]
+    assert found == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "message"),
+    [
+        ("atoms", ("A,ir,500,1,5.7", "A,ir,501,1,5.7"), "atoms: .*integer"),
+        ("atoms", ("A,ir,500,1,5", "A,uv,2,1,7"), "atoms is both 5 and 7 for molecule A"),
+        ("axis", ("A,ir,500,1,cm-1", "A,ir,501,1,um"), "axis is both cm-1 and um for molecule A"),
+        ("absolute", ("A,ir,500,1,maybe",), "absolute: .*boolean"),
+        ("atoms", ("A,ir,500,1,5", ",ir,501,1,5"), "row 2 has no molecule"),
+        ("atoms", ("A,,500,1,5", "A,ir,501,1,5"), "row 1 has no modality"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(columns: str, rows: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        entries_of(columns, *rows)

@@ -1,5 +1,8 @@
 """SpecFormer and the denoiser equal the released ones, and have the symmetries that they must have."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,6 +132,8 @@ def test_published_sizes_have_the_published_numbers_of_parameters(modalities, me
     assert round(4 * total / 2**20, 2) == mebibytes
     if len(modalities) == 3:
         assert (total, encoder) == (39_630_619, 11_828_867)
+        readme = Path(inspect.getfile(Conditioned)).with_name("README.md").read_text(encoding="utf-8")
+        assert f"({total - scales:,} weights".replace(",", " ") in readme
     absent = {"uv", "ir", "raman"} - set(modalities)
     assert not [name for name, _ in network.named_parameters() if absent & set(name.split("."))]
 
@@ -169,6 +174,7 @@ def test_spectra_that_do_not_fit_are_refused():
         (good | {"ir": torch.zeros(2, 3500)}, "must be \\(molecules, 3501\\)"),
         (good | {"uv": torch.full((2, 701), float("nan"))}, "not finite"),
         (good | {"uv": torch.zeros(3, 701)}, "3 \\(uv\\), 2 \\(ir\\)"),
+        ({name: one[:0] for name, one in good.items()}, "at least one molecule"),
         ({name: one[:1] for name, one in good.items()}, "at least 2 molecules"),
     ):
         with pytest.raises(InputError, match=message):

@@ -116,6 +116,15 @@ def test_float32_reaches_its_own_precision():
     torch.testing.assert_close(pairs.values, torch.tensor([3.0, 2.5, 2.4]), rtol=1e-5, atol=0)
 
 
+def test_a_tolerance_of_its_own_does_not_look_at_the_other_end():
+    a = torch.diag(torch.cat([torch.linspace(0, 1, 199), torch.tensor([-300.0])]).double())
+    options = {"generator": generator(), "tolerance": 1e-3}
+    alone, shared = (extreme_eigenpairs(a, start(200, 1), own=own, **options) for own in (True, False))
+    assert alone.converged.all()
+    assert alone.residuals[0] <= 1e-3 * alone.values[0] < shared.residuals[0]
+    assert float(alone.values[0]) == pytest.approx(1, rel=1e-3)
+
+
 A = torch.eye(100, dtype=torch.float64)
 
 

@@ -168,6 +168,63 @@ def test_special_rayleigh_quotients() -> None:
         rayleigh_quotients(path(3), torch.zeros(4, 2))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 200.0),
+        (torch.float16, 1e-6),
+        (torch.float32, 1e-25),
+        (torch.float32, 1e25),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e200),
+    ],
+)
+def test_a_signals_size_changes_no_quotient_and_no_energy(dtype, size) -> None:
+    graphs = Graphs.concatenate([cycle(8), path(3)])
+    alternating = torch.tensor([1.0, -1.0]).repeat(6)[:11, None]
+    signals = (size * torch.cat([alternating, torch.ones(11, 1), torch.zeros(11, 1)], 1).double()).to(dtype)
+    found = rayleigh_quotients(graphs, signals)
+    assert found.dtype == dtype
+    expected = rayleigh_quotients(graphs, (signals != 0) * signals.double().sign())
+    assert torch.allclose(found.double(), expected, atol=1e-3)
+    assert found[0].tolist() == pytest.approx([2, 0, 0], abs=1e-12)
+    energies = spectral_energies(graphs, eigenpairs(graphs), signals)
+    sums = torch.tensor([1.0, 1.0, 0.0]).double()
+    assert torch.allclose(energies[:8].sum(0), sums)
+    assert torch.allclose(energies[8:].sum(0), sums)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_signals_that_are_no_numbers_are_refused(bad) -> None:
+    signals = torch.tensor([[bad], [1.0], [1.0]])
+    spectra = eigenpairs(path(3))
+    for call in (rayleigh_terms, rayleigh_quotients, lambda graphs, x: spectral_energies(graphs, spectra, x)):
+        with pytest.raises(InputError, match="the signal of node 0, channel 0, is NaN or infinite"):
+            call(path(3), signals)
+        with pytest.raises(InputError, match="with 3 nodes, got"):
+            call(path(3), torch.ones(4, 1))
+    found = graph_laplacians.quotients(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor([math.nan, 2.0, 0.0]))
+    assert math.isnan(found[0])
+    assert found[1:].tolist() == [0.5, 0]
+    with pytest.raises(InputError, match=r"int64 from 0 to 2 for each of the 3 nodes, got torch\.float32"):
+        one_hot_rayleigh_terms(path(3), torch.tensor([0.0, 1.0, 2.0]), 3)
+
+
+def test_a_quotients_derivative_knows_its_scale() -> None:
+    x = signals_of(cycle(5), 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rayleigh_quotients(cycle(5), x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_accumulated_energy_is_whole_at_repeated_eigenvalues_whatever_the_points_dtype(dtype) -> None:
+    graph = cycle(8)
+    spectra = eigenpairs(graph)
+    values, energies = spectra.values, spectral_energies(graph, spectra, signals_of(graph))
+    found = accumulated_energy(values, energies, torch.tensor([0.0, 1.0, 2.0], dtype=dtype))
+    expected = torch.stack([energies[values < limit].sum(0) for limit in (0.1, 1.1, 2.1)])
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
 def test_perturbations_move_a_quotient_within_the_papers_bounds() -> None:
     graph = random_graphs([12], chance=0.5, seed=2)
     matrix, x = dense_laplacians(graph)[0], signals_of(graph, 1)[:, 0]
@@ -252,10 +309,14 @@ def test_cuts_keep_eigenspaces_whole() -> None:
         eigenpairs(graphs, count=4, split="error")
     with pytest.raises(InputError, match="which is its first"):
         eigenpairs(Graphs.from_edges([5], []), count=2)
-    with pytest.raises(InputError, match="no split 'cut'"):
-        eigenpairs(graphs, count=4, split="cut")
-    with pytest.raises(InputError, match="at least 1"):
-        eigenpairs(graphs, count=0)
+    for count in (4, 5):  # whether the cut splits an eigenspace or not
+        with pytest.raises(InputError, match="no split 'cut'; there are shrink, extend, keep, error"):
+            eigenpairs(graphs, count=count, split="cut")
+    with pytest.raises(InputError, match="isolated must be 0 or 1, got 5"):
+        eigenpairs(graphs, isolated=5)
+    for count in (0, 2.5, True):
+        with pytest.raises(InputError, match="an integer and at least 1"):
+            eigenpairs(graphs, count=count)
 
 
 def test_spectra_are_picked_and_padded_by_graph() -> None:

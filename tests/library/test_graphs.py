@@ -26,6 +26,11 @@ from tests.library.graph_cases import cycle, path, random_graphs
         ([3], [[0, 1, 1], [1, 0, 2]], {"directed": True}, "edge 2 goes from node 1 to 2, but none comes back"),
         ([2], [[0, 1], [1, 0]], {"directed": True, "weights": [1.0, 2.0]}, "different weights"),
         ([2], [[0.0], [1.0]], {}, "integers"),
+        ([3], [[0, 1], [1]], {}, "edges must be integers: expected sequence of length 2"),
+        ([3], None, {}, "edges must be integers"),
+        ([3], "ab", {}, "edges must be integers"),
+        ([3], [[0], [10**30]], {}, "edges must be integers"),
+        ([2], [[0], [1]], {"weights": ["a"]}, "weights must be numbers"),
         ([2], [0, 1], {}, "pairs of shape"),
         ([2], [[0], [1]], {"weights": [0.0]}, "positive"),
         ([2], [[0], [1]], {"weights": [float("nan")]}, "positive"),
@@ -76,6 +81,22 @@ def test_selecting_and_concatenating_are_inverse() -> None:
         assert torch.equal(getattr(again, name), getattr(graphs, name))
     mixed = Graphs.concatenate([cycle(3), graphs])
     assert mixed.weights[:3].tolist() == [1, 1, 1]
+
+
+def test_graphs_are_chosen_from_the_end_and_by_a_mask() -> None:
+    graphs = random_graphs([4, 7, 1, 5], weighted=True)
+    chosen = torch.tensor([3, 0])
+    for same in (torch.tensor([-1, 0]), torch.tensor([-1, -4])):
+        for name in ("sizes", "edges", "weights"):
+            assert torch.equal(getattr(graphs.select(same), name), getattr(graphs.select(chosen), name))
+        assert torch.equal(graphs.nodes_of(same), graphs.nodes_of(chosen))
+        assert torch.equal(graphs.edges_of(same), graphs.edges_of(chosen))
+    mask = torch.tensor([True, False, False, True])
+    assert torch.equal(graphs.select(mask).edges, graphs.select([0, 3]).edges)
+    assert graphs.nodes_of(mask).tolist() == [*range(4), *range(12, 17)]
+    for bad, message in (([4], "no graph 4; graphs are 0 to 3"), ([-5], "no graph -5"), ([0.0], "or a mask of 4")):
+        with pytest.raises(InputError, match=message):
+            graphs.select(bad)
 
 
 def test_padding_puts_zeros_behind_each_graph() -> None:

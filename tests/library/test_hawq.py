@@ -14,7 +14,8 @@ from library.errors import InputError
 from library.hawq.activations import ActivationSettings
 from library.hawq.analysis import selection_stability
 from library.hawq.costs import BitChoice
-from library.hawq.network import all_active, quantized_layers, set_active
+from library.hawq.network import all_active, converted, quantized_layers, set_active
+from library.hawq.packing import load_packed, packed_state
 from library.images import PlainNet
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hawq"
@@ -296,9 +297,59 @@ def test_bad_input_is_refused_in_one_line(network):
         hawq.quantize(network, {"nothing": 4})
     with pytest.raises(InputError, match="saw no input to calibrate"):
         hawq.quantize(network, {"head": 4}, activations=ActivationSettings())
+    found = hawq.sensitivity(network, F.cross_entropy, data, metric="unweighted")
+    with pytest.raises(InputError, match=r"whole numbers, got 4\.9"):
+        hawq.explicit_plan(found, [4.9, 8, 8, 8])
+    (x, y), wrong = data[0], "a batch does not fit the model or the loss"
+    for given, match in [
+        ([(x, y + 9)], wrong),
+        ([(x[..., :2, :2].repeat(1, 2, 1, 1), y)], wrong),
+        ([(x.double(), y)], wrong),
+        ([(x, y[:3])], wrong),
+        ([x, y], "must be a pair"),
+        ([(x, y), (x[:0], y[:0])], "batch 1 has no samples"),
+    ]:
+        with pytest.raises(InputError, match=match):
+            hawq.sensitivity(network, F.cross_entropy, given, metric="unweighted")
+    pair = hawq.sensitivity(network, F.cross_entropy, (x, y), metric="unweighted")
+    assert torch.equal(pair.omega, found.omega)
+    with pytest.raises(InputError, match="activation_bits must be whole numbers from 2 to 16"):
+        hawq.sensitivity(network, F.cross_entropy, data, metric="unweighted", activation_bits=(4.5,))
     with pytest.raises(InputError, match="3 bit numbers for 4 layers"):
         hawq.explicit_plan(hawq.sensitivity(network, F.cross_entropy, data, metric="unweighted"), [4, 4, 4])
     frozen = copy.deepcopy(network)
     frozen.head.weight.requires_grad_(False)
     with pytest.raises(InputError, match="layer 'head' is frozen"):
         hawq.sensitivity(frozen, F.cross_entropy, data)
+
+
+def test_layers_that_share_a_weight_are_refused_and_a_layer_used_twice_is_not():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4))
+    tied[2].weight, tied[3].weight = tied[0].weight, tied[4].weight
+    with pytest.raises(InputError, match="'0' and '2' share one weight"):
+        hawq.quantize(tied, {"0": 4})
+    assert list(quantized_layers(hawq.quantize(tied, {"4": 4}))) == ["4"], "an embedding may share its head's weight"
+    layer = nn.Linear(4, 4)
+    assert list(quantized_layers(hawq.quantize(nn.Sequential(layer, nn.Tanh(), layer), {"0": 4}))) == ["0"]
+
+
+def test_a_network_without_biases_packs():
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    made, again = (hawq.quantize(model, {"0": 3, "2": 5}) for _ in range(2))
+    load_packed(again, packed_state(made), source="here")
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again(x), made(x))
+
+
+def test_ranges_are_where_the_weights_are_and_as_precise():
+    meta = converted(
+        nn.Sequential(nn.Linear(3, 2)).to("meta"), {"0": BitChoice(4)}, quantizer=None, activations=ActivationSettings()
+    )
+    assert meta[0].active.is_meta
+    assert meta[0].input.low.is_meta
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = hawq.quantize(nn.Linear(5, 4).double(), {"": 8}, activations=ActivationSettings(), calibration=[x])
+    assert made.input.low == x.min()
+    bare = converted(nn.Linear(5, 4, bias=False), {"": BitChoice(4)}, quantizer=None, activations=ActivationSettings())
+    with pytest.raises(InputError, match="calibrate the network first"):
+        bare(x.float())

@@ -5,7 +5,7 @@ import pytest
 
 from library.errors import InputError
 from library.hawq.advice import advise, described
-from library.hawq.plan import Budget
+from library.hawq.plan import Budget, frontier
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hawq"
 
@@ -59,6 +59,13 @@ def test_numbers_that_do_not_describe_a_network_are_refused():
         ({"perturbation": [[1.0]] * 6}, "6 rows of 4 entries"),
         ({"traces": [float("inf")] * 6}, "must be finite"),
         ({"errors": [0.1]}, "errors: 1 entries"),
+        ({"n_params": [0] * 6}, "n_params must be whole numbers of at least 1, got 0"),
+        ({"n_params": [float("nan")] * 6}, "n_params must be whole numbers of at least 1, got nan"),
+        ({"n_params": [10.5] * 6}, r"n_params must be whole numbers of at least 1, got 10\.5"),
+        ({"macs": [-1] * 6}, "macs must be whole numbers of at least 0, got -1"),
+        ({"traces": ["a"] * 6}, "traces: a table of numbers"),
+        ({"perturbation": [["a", "b", "c", "d"]] * 6}, "perturbation: a table of numbers"),
+        ({"bits": [0, 2, 4, 8]}, "from 2 to 16, got"),
     ]:
         with pytest.raises(InputError, match=match):
             golden(**changes)
@@ -67,6 +74,12 @@ def test_numbers_that_do_not_describe_a_network_are_refused():
         advise(found, Budget(kind="bops"))
     with pytest.raises(InputError, match="there is no layer 9; layers are 0 to 5"):
         advise(found, Budget(), ties=[[0, 9]])
+    with pytest.raises(InputError, match="latency: a table of numbers in rows of equal length"):
+        advise(found, Budget(kind="latency", latency=((1, 2, 3, 4), (1, 2))))
+    with pytest.raises(ValueError, match="finite number"):
+        Budget(kind="latency", latency=((1.0, float("nan")),))
+    with pytest.raises(InputError, match="budget fraction must be a number, got nan"):
+        frontier(found).plan(float("nan"))
     with pytest.raises(InputError, match=r"the least is 0\.25"):
         advise(found, Budget(fraction=0.1))
     _, negative = golden(traces=[-1.0, 1.0, 1.0, 1.0, 1.0, 1.0])

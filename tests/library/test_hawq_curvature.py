@@ -9,6 +9,7 @@ from torch import nn
 
 from library.errors import InputError, NonFiniteError
 from library.hawq.activation_traces import activation_forms, activation_products
+from library.hawq.analysis import recorded_inputs
 from library.hawq.curvature import quadratic_forms, second_order_terms, top_eigenvalues
 from library.hawq.layers import fold_batch_norm, layer_table, quantizable_layers
 from library.images import image_network
@@ -58,7 +59,7 @@ def test_forms_average_to_the_exact_traces_and_top_eigenvalues_are_found():
     again = quadratic_forms(model, F.cross_entropy, batch, WEIGHTS, curvature="hessian", seed=0, start=7, count=3)
     torch.testing.assert_close(again, forms[7:10], rtol=1e-10, atol=1e-12)
     found = top_eigenvalues(model, F.cross_entropy, [batch], WEIGHTS)
-    np.testing.assert_allclose(found, case["top_eig"], rtol=0.02)
+    np.testing.assert_allclose(found, case["top_eig"], rtol=0.01)
 
 
 def test_gauss_newton_and_fisher_forms_are_those_of_their_matrices():
@@ -157,6 +158,17 @@ def test_a_linear_head_has_its_closed_form():
         torch.testing.assert_close(torch.stack([rows[sample] for rows in products]), exact)
 
 
+class Summing(nn.Module):
+    """A network of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, both):
+        return self.head(both[0] + both[1])
+
+
 def test_multiply_accumulates_and_shared_weights():
     model = image_network("cnn8", 1, 10)
     table = layer_table(model, torch.zeros(2, 1, 28, 28))
@@ -168,6 +180,9 @@ def test_multiply_accumulates_and_shared_weights():
     tied[2].weight = tied[0].weight
     assert list(quantizable_layers(tied)) == ["0"]
     assert layer_table(nn.Conv1d(2, 3, 3, padding=1), torch.zeros(5, 2, 7)).macs == (7 * 18,)
+    assert layer_table(Summing(), (torch.zeros(5, 3), torch.zeros(5, 3))).macs == (6,)
+    with pytest.raises(InputError, match="at least one sample"):
+        layer_table(model, torch.zeros(0, 1, 28, 28))
     with pytest.raises(InputError, match="no convolution and no linear layer"):
         quantizable_layers(nn.ReLU())
     with pytest.raises(InputError, match="'9' is no layer that can be quantised; those are 0"):
@@ -207,8 +222,11 @@ def test_what_has_no_curvature_is_refused():
     model = Branching().eval()
     with torch.no_grad():
         model.norm.running_var.fill_(9)
+    x = torch.randn(2, 1, 5, 5)
+    before = model(x)
     with pytest.raises(InputError, match="used beside its batch norm"):
-        fold_batch_norm(model, torch.randn(2, 1, 5, 5))
+        fold_batch_norm(model, x)
+    assert torch.equal(model(x), before), "a network that cannot be folded was changed"
     _, model, (x, y) = golden_convolutions()
     options = {"seed": 0, "start": 0, "count": 1}
     with pytest.raises(NonFiniteError):
@@ -231,3 +249,38 @@ def test_what_has_no_curvature_is_refused():
     twice[1] = twice[0]
     with pytest.raises(InputError, match="used twice in one pass"):
         activation_forms(twice, F.cross_entropy, (torch.ones(2, 2), torch.tensor([0, 1])), generator=torch.Generator())
+
+
+class Diagonal(nn.Module):
+    """Outputs are the weights, so that a weighted sum of squares has a diagonal Hessian."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.weight.expand(len(x), -1)
+
+
+def test_top_eigenvalues_are_known_to_a_hundredth_of_themselves():
+    curvature = torch.cat([torch.linspace(0, 1, 199), torch.tensor([-300.0])]).double()
+    batch = (torch.zeros(2, 1), torch.zeros(2))
+    found = top_eigenvalues(Diagonal(200), lambda o, _: (o.square() @ curvature).mean() / 2, [batch], ["weight"])
+    assert float(found) == pytest.approx(1, rel=0.01)
+    for seed in (12, 23, 33):  # where a residual of 1 % was that of another eigenvalue
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 10)).double()
+        batch = (torch.randn(60, 12).double(), torch.randint(10, (60,)))
+        names = ["0.weight", "2.weight"]
+        exact = [
+            float(torch.linalg.eigvalsh(dense_matrix(Hessian(model, F.cross_entropy, [batch], parameters=[n])))[-1])
+            for n in names
+        ]
+        found = top_eigenvalues(model, F.cross_entropy, [batch], names, seed=seed)
+        np.testing.assert_allclose(found, exact, rtol=0.01)
+
+
+def test_inputs_are_moved_to_the_network():
+    model = nn.Sequential(nn.Linear(3, 2)).to("meta")  # stands for any other device
+    assert layer_table(model, torch.zeros(4, 3)).macs == (6,)
+    assert recorded_inputs(model, torch.zeros(4, 3), ["0"])["0"].is_meta

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import InputError
-from library.hawq import pareto
+from library.hawq import pareto, programme
 from library.hawq.costs import BitChoice, bops_costs, joined, size_costs
 from library.hawq.pareto import frontier, lagrangian_bound
 from library.hawq.programme import select
@@ -215,3 +215,79 @@ def test_what_cannot_be_solved_is_refused():
         frontier(omega, cost, ties=[(0, 2)])
     with pytest.raises(InputError, match="limits are for size, costs for bops"):
         select(omega, {"bops": cost}, {"size": 1.0})
+
+
+@given(st.integers(0, 2**20), st.sampled_from([2, 8, 16]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_several_budgets_are_exact_whatever_the_magnitudes(seed, decades, whole):
+    generator = np.random.default_rng(seed)
+    omega = np.sort(10.0 ** generator.uniform(-decades, 0, (5, 3)), 1)[:, ::-1] - generator.integers(0, 2)
+    costs = {"size": generator.integers(1, 10**8, (5, 3)), "latency": generator.random((5, 3))}
+    costs["latency"] = generator.integers(0, 9, (5, 3)) if whole else costs["latency"]
+    _, sizes, omegas = enumerated(omega, costs["size"])
+    _, times, _ = enumerated(omega, costs["latency"])
+    edge = generator.integers(len(sizes))
+    limits = {"size": float(sizes[edge] - generator.integers(0, 2)), "latency": float(times[edge])}
+    feasible = (sizes <= limits["size"]) & (times <= limits["latency"] * (1 + 1e-12))
+    if not feasible.any():
+        with pytest.raises(InputError, match="no setting meets the limits together"):
+            select(omega, costs, limits)
+        return
+    found, rows = select(omega, costs, limits), np.arange(5)
+    assert found.exact
+    assert found.slack >= 0
+    assert costs["latency"][rows, found.choice].sum() <= limits["latency"] * (1 + 1e-12)
+    assert found.omega == pytest.approx(omegas[feasible].min(), rel=1e-12)
+
+
+def test_a_budget_one_bit_below_a_setting_is_kept():
+    generator = np.random.default_rng(1)
+    size = generator.integers(10**5, 5 * 10**6, 8)[:, None] * np.array([2, 3, 4, 5, 6, 8])
+    omega = generator.random(8)[:, None] * size / 4.0 ** np.array([2, 3, 4, 5, 6, 8])
+    front = frontier(omega, size)
+    for limit in front.cost[:: len(front) // 12][1:] - 1:
+        found, best = select(omega, {"size": size}, {"size": float(limit)}), front.choose(limit)
+        assert (found.cost, found.exact) == (best.cost, True)
+        assert found.omega == pytest.approx(best.omega, rel=1e-12)
+    found = select([[4.0, 1.0]], {"size": [[100_000_000, 200_000_000]]}, {"size": 199_999_999})
+    assert (found.choice.tolist(), found.slack, found.exact) == ([0], 99_999_999, True)
+
+
+def test_a_programme_too_large_to_prove_says_so(monkeypatch):
+    generator = np.random.default_rng(4)
+    omega, cost = np.sort(generator.random((9, 4)), 1)[:, ::-1], np.sort(generator.random((9, 4)), 1)
+    limits = {"a": cost.mean(1).sum(), "b": cost.mean(1).sum()}
+    sure = select(omega, {"a": cost, "b": cost[::-1]}, limits)
+    monkeypatch.setattr(programme, "CELLS", 1)
+    unsure = select(omega, {"a": cost, "b": cost[::-1]}, limits)
+    assert (sure.exact, unsure.exact) == (True, False)
+    assert unsure.omega >= sure.omega
+    assert unsure.cost <= limits["a"]
+
+
+def test_limits_of_nothing_and_of_everything():
+    omega, cost = [[4.0, 1.0], [8.0, 2.0]], np.array([[0, 4], [0, 6]])
+    for chosen in (select(omega, {"c": cost}, {"c": 0.0}), frontier(omega, cost).choose(0.0)):
+        assert chosen.choice.tolist() == [0, 0]
+    for chosen in (select(omega, {"c": cost}, {"c": np.inf}), frontier(omega, cost).choose(np.inf)):
+        assert (chosen.choice.tolist(), chosen.lower_bound) == ([1, 1], 3)
+    for call in (lambda: frontier(omega, cost).choose(np.nan), lambda: select(omega, {"c": cost}, {"c": np.nan})):
+        with pytest.raises(InputError, match="must be a number, got nan"):
+            call()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint64])
+def test_narrow_costs_add_up(kind):
+    most = min(np.iinfo(kind).max, 10**12)
+    found = frontier([[2.0, 1.0]] * 4, np.full((4, 2), [most // 2, most], kind), ties=[(0, 1, 2)])
+    assert found.cost.tolist() == [3 * a + b for a, b in itertools.product((most // 2, most), repeat=2)]
+    assert frontier([[2.0, 1.0]] * 4, [[False, True]] * 4, ties=[(0, 1, 2)]).cost.tolist() == [0, 1, 3, 4]
+
+
+def test_tables_that_are_no_tables_of_numbers_are_refused():
+    whole = [[1, 2], [3, 4]]
+    for omega, cost in (([[1, 2], [3]], whole), ([["a", "b"]] * 2, whole), (whole, [["1", "2"]] * 2)):
+        with pytest.raises(InputError, match="numbers in rows of equal length"):
+            frontier(omega, cost)
+    with pytest.raises(InputError, match="too large to add up"):
+        frontier(whole, [[2**61, 1], [2**61, 1]])

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +145,44 @@ def test_what_cannot_be_quantised_is_refused():
         WeightQuantizer().quantize(torch.zeros(3, 0), 4)
     with pytest.raises(InputError, match="not finite"):
         WeightQuantizer().squared_errors(torch.tensor([[1.0, float("nan")]]), [4])
+    with pytest.raises(InputError, match="not finite"):
+        WeightQuantizer().quantize(torch.tensor([[1.0, float("inf")]]), 4)
+    assert WeightQuantizer().quantize(WEIGHT, np.int64(4)).bits == 4
     with pytest.raises(InputError, match="calibrate the network first"):
         ActivationQuantizer(8).scale()
+    with pytest.raises(InputError, match="calibrate the network first"):
+        ActivationQuantizer(8)(torch.ones(3))
     with pytest.raises(InputError, match="from 2 to 16, got 1"):
         ActivationQuantizer(1)
     with pytest.raises(InputError, match="not finite"):
         ActivationQuantizer(8).observe(torch.tensor([1.0, float("inf")]))
+    for mode, wrong in itertools.product(("auto", "symmetric", "unsigned"), ("nan", "inf", "-inf")):
+        clipped = ActivationQuantizer(8, ActivationSettings(mode=mode, percentile=99))
+        with pytest.raises(InputError, match="not finite"):
+            clipped.observe(torch.cat([torch.rand(500), torch.tensor([float(wrong)])]))
+    for settings_of_range in (ActivationSettings(), ActivationSettings(percentile=99)):
+        with pytest.raises(InputError, match="no entries"):
+            ActivationQuantizer(8, settings_of_range).observe(torch.empty(0, 3))
+
+
+def test_halves_round_as_in_the_published_code():
+    weight = torch.tensor([[0.7, 0.1, 0.05, -0.35, 0.15, 0.25]])
+    scale = weight.abs().max() / 3
+    made = WeightQuantizer().quantize(weight, 3)
+    assert torch.equal(made.integers, torch.round(1.0 / scale * weight).int())
+    assert made.integers[0, 3] == -1, "-0.35 is half of the way, and rounds by the reciprocal"
+    quantizer = ActivationQuantizer(3, ActivationSettings(mode="symmetric"))
+    quantizer.observe(weight)
+    torch.testing.assert_close(quantizer(weight), torch.round(1.0 / scale * weight) * scale)
+    error = activation_errors(weight, weight.min(), weight.max(), (3,), ActivationSettings(mode="symmetric"))
+    assert float(error) == pytest.approx(float((quantizer(weight) - weight).square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", ALL, ids=str)
+def test_half_precision_has_the_grid_of_float32(quantizer):
+    weight = WEIGHT.half()
+    weight[2] = 0
+    for bits in (2, 8):
+        assert torch.equal(quantizer.quantize(weight, bits).values(), quantizer.quantize(weight.float(), bits).values())
+    assert quantizer.fake(weight, 4).dtype == torch.float16
+    assert quantizer.fake(weight, 4).isfinite().all()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from library.hessian.factors import factor_eigenvalues, gauss_newton_factor, gra
 from library.hessian.interpolation import interpolate, plane
 from library.hessian.layers import interaction_norms, top_eigenvalues
 from library.hessian.outliers import above_the_negative_side, beyond_the_bulk, largest_gap
+from library.hessian.study import Cell, measure_cell
 from library.hessian.toy import Descent, blobs, circles, moons, perceptron, train_together
 from library.spectral import GaussNewton, GradientCovariance, Hessian, dense_matrix
 from library.spectral.density import Quadrature
@@ -182,6 +184,81 @@ def test_class_means_are_the_means_of_the_samples_vectors():
     torch.testing.assert_close(found.pairs, torch.ones(6).double())
 
 
+def _worker(rank: int, store: str, results: object) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results[rank] = _means(slice(0, 9) if rank == 0 else slice(9, 30)).numpy()
+    torch.distributed.destroy_process_group()
+
+
+def _means(part: slice) -> Tensor:
+    x, y = blobs(30, width=4, classes=3, generator=generator())
+    order = y.argsort()  # so that the first worker sees one class alone
+    model = perceptron([4, 5, 3], activation="tanh", scale=0.5)
+    return class_means(GaussNewton(model, F.cross_entropy, (x[order[part]], y[order[part]])), 3)
+
+
+def test_class_means_of_two_workers_are_those_of_one(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_worker, (str(tmp_path / "store"), results), nprocs=2)
+        found = [torch.from_numpy(results[rank]) for rank in (0, 1)]
+    for each in found:
+        torch.testing.assert_close(each, _means(slice(0, 30)), rtol=1e-12, atol=1e-14)
+
+
+def test_all_eigenvalues_above_the_negative_side_are_counted():
+    x, y = torch.randn(40, 6, generator=generator(), dtype=torch.float64), torch.arange(40) % 5
+    model = nn.Linear(6, 5, bias=False).double()
+    found = hessian.analyze(model, F.cross_entropy, (x, y), top=3)
+    values = found.spectrum.nodes[0]
+    assert found.outliers.above_negative == above_the_negative_side(values) > 20
+    sparse = hessian.analyze(model, F.cross_entropy, (x, y), top=3, exact_below=0, probes=20)
+    assert abs(sparse.outliers.above_negative - found.outliers.above_negative) <= 3
+    cell = Cell(classes=2, width=3, samples=20, hidden=(3,), steps=5)
+    [measured] = measure_cell(cell, (0,))
+    counted = above_the_negative_side(torch.from_numpy(measured.eigenvalues))
+    assert measured.metrics["outliers_above_negative"] == counted
+
+
+class Separable(nn.Module):
+    """H = G + R with G = 10 on half of the weights, where R takes it below what H has on the other half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.zeros(40, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bent = self.second - torch.linspace(9, 10, 40, dtype=torch.float64) * self.second**2 / 2
+        return torch.cat([self.first, bent]).expand(len(x), -1)
+
+
+def test_gauss_newton_eigenvalues_that_h_does_not_show_are_found():
+    def loss(output: Tensor, _: Tensor) -> Tensor:
+        first, second = output.split(40, 1)
+        curvature = torch.linspace(1, 2, 40, dtype=torch.float64)
+        return (first.square() @ curvature / 2 + (5 * second**2 + second).sum(1)).mean()
+
+    data = (torch.zeros(3, 1), torch.zeros(3))
+    found = hessian.analyze(Separable(), loss, data, exact_below=0, top=3)
+    assert not found.spectrum.exact
+    torch.testing.assert_close(found.gauss_newton.values, torch.full((3,), 10.0).double(), rtol=1e-6, atol=0)
+
+
+def test_tiny_networks_and_flat_losses_have_a_report():
+    x = torch.randn(5, 1, generator=generator(), dtype=torch.float64)
+    one = hessian.analyze(nn.Linear(1, 1, bias=False).double(), squares, (x, x))
+    assert (one.parameters, one.outliers.by_gap, one.outliers.gap) == (1, 0, 1)
+    assert one.largest == pytest.approx(2 * float(x.square().mean()))
+    model, data = perceptron([2, 3, 2]), blobs(9, width=2, classes=2, generator=generator())
+    for top in (16, 17):  # with two more for the smallest there are no more than all 17
+        whole = hessian.analyze(model, F.cross_entropy, data, exact_below=0, top=top)
+        assert whole.spectrum.exact
+        assert len(whole.top.values) == top
+    flat = hessian.analyze(nn.Linear(3, 2).double(), lambda s, _: s.sum(), (torch.ones(4, 3).double(), torch.zeros(4)))
+    assert flat.outliers.by_gap == flat.effective_rank == flat.residual_share == 0
+
+
 @given(seed=st.integers(0, 2**20), outlying=st.integers(1, 6))
 @settings(max_examples=20, deadline=None)
 def test_the_rules_count_what_stands_out(seed, outlying):
@@ -315,6 +392,11 @@ def test_regression_has_no_classes_and_float32_says_so():
 
 
 MODEL, DATA = perceptron([4, 5, 3]), blobs(12, width=4, classes=3, generator=generator())
+STATE = MODEL.state_dict()
+
+
+def line(data=DATA, **options):
+    return interpolate(MODEL, F.cross_entropy, data, STATE, STATE, **options)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +415,11 @@ MODEL, DATA = perceptron([4, 5, 3]), blobs(12, width=4, classes=3, generator=gen
         (lambda: blobs(3, width=2, classes=5, generator=generator()), InputError, "cannot form 5 classes"),
         (lambda: perceptron([3]), InputError, "at least two layer sizes"),
         (lambda: largest_gap(torch.ones(1), 3), InputError, "at least 2 eigenvalues"),
+        (lambda: hessian.analyze(MODEL, F.cross_entropy, (DATA[0], DATA[1] + 3)), InputError, "does not fit the model"),
+        (lambda: line(points=2, beyond=1.0).barrier, InputError, "fewer than 2 points between"),
+        (lambda: line(points=3, beyond=1.0).monotone, InputError, "fewer than 2 points between"),
+        (lambda: line(data=(DATA[0] * float("nan"), DATA[1])).barrier, NonFiniteError, "two states is not finite"),
+        (lambda: plane(MODEL, F.cross_entropy, DATA, (STATE, STATE, {})), InputError, r"lacks 0\.bias"),
     ],
 )
 def test_bad_input(call, error, message):

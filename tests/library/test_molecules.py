@@ -45,6 +45,25 @@ def test_atoms_and_bonds_of_a_known_molecule():
     assert Molecule.from_smiles("[He]").edges.shape == (2, 0)
 
 
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ("[H]OC", "OC"),
+        ("[H]C([H])([H])C(=O)N([H])C", "CC(=O)NC"),
+        ("[H]n1cccc1", "[nH]1cccc1"),
+        ("[H][C@](F)(Cl)Br", "[C@H](F)(Cl)Br"),
+        ("[H][N+]([H])([H])C", "[NH3+]C"),
+    ],
+)
+@pytest.mark.parametrize("kekulized", [False, True])
+def test_written_hydrogens_are_counted_and_are_no_atoms(written, plain, kekulized):
+    found, expected = (Molecule.from_smiles(text, kekulized=kekulized) for text in (written, plain))
+    assert found.symbols == expected.symbols
+    assert np.array_equal(found.explicit_h + found.implicit_h, expected.explicit_h + expected.implicit_h)
+    for name in ("edges", "bonds", "degrees", "charges", "radicals", "hybridisation", "aromatic", "stereo"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
 def test_features_are_one_hot_and_counted():
     atoms, edges, bonds = feature_graph(Molecule.from_smiles("C[N+](C)(C)CC(=O)[O-]"))
     assert atoms.shape == (8, 39)
@@ -62,6 +81,9 @@ def test_features_are_one_hot_and_counted():
         ("C(C)(C)(C)(C)C", "no valid molecule: Explicit valence"),
         ("c1cccc1", "no valid molecule: Can't kekulize"),
         ("", "has no atoms"),
+        ("C$C", "'C.C' has a bond of type quadruple; bonds may be single, double, triple, aromatic"),
+        ("C~C", "a bond of type unspecified"),
+        ("[Cu]->N", "a bond of type dative"),
     ],
 )
 def test_what_is_no_molecule_is_refused_by_its_place(smiles, message, capfd):

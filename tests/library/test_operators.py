@@ -310,6 +310,37 @@ def test_an_operator_that_changes_between_products_is_refused_with_the_reason(mo
         require_symmetric(hessian, hessian.probes(2, generator=generator()))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_changing_data_are_refused_however_small_the_loss(scale, dtype):
+    draw, (x, y) = generator(), classes(40, 4, 3)
+    model = nn.Linear(4, 3).to(dtype)
+    with torch.no_grad():
+        model.weight.mul_(30)
+    y = model(x.to(dtype)).argmax(1)  # fitted by a wide margin
+
+    class Drawing:
+        def __iter__(self):
+            chosen = torch.randint(0, 40, (20,), generator=draw)
+            yield x[chosen].to(dtype), y[chosen]
+
+    hessian = Hessian(model, lambda s, t: scale * F.cross_entropy(s, t), Drawing())
+    with pytest.raises(InputError, match="not one symmetric operator"):
+        require_symmetric(hessian, hessian.probes(2, generator=generator()))
+
+
+def test_shuffled_data_are_the_same_data():
+    draw, (x, y) = generator(), classes(40, 4, 3)
+
+    class Shuffled:
+        def __iter__(self):
+            order = torch.randperm(40, generator=draw)
+            yield from ((x[part].float(), y[part]) for part in order.split(7))
+
+    hessian = Hessian(perceptron([4, 5, 3], nn.Tanh).float(), F.cross_entropy, Shuffled())
+    require_symmetric(hessian, hessian.probes(2, generator=generator()))
+
+
 def test_only_symmetric_operators_pass():
     a = torch.randn(6, 6, generator=generator(), dtype=torch.float64)
     probes = torch.randn(6, 2, generator=generator(1), dtype=torch.float64)
@@ -350,6 +381,12 @@ def apply(model=MODEL, loss=F.cross_entropy, data=DATA, block=None, **options):
         (lambda: apply(parameters=["2.wait"]), InputError, r"2.wait asked; .* 0.weight, 0.bias"),
         (lambda: apply(parameters=[]), InputError, "none asked"),
         (lambda: apply(block=torch.ones(7, 1)), InputError, r"\(7, 1\) does not fit: \(43, p\)"),
+        (lambda: apply(block=torch.ones(43, 0)), InputError, r"\(43, 0\) does not fit: \(43, p\)"),
+        (lambda: apply(data=(DATA[0], DATA[1] + 3)), InputError, "does not fit the model or the loss: Target"),
+        (lambda: apply(data=(DATA[0][:, :2], DATA[1])), InputError, "does not fit the model or the loss: mat1"),
+        (lambda: apply(data=(DATA[0].float(), DATA[1])), InputError, "does not fit the model or the loss: mat1"),
+        (lambda: apply(data=(DATA[0], DATA[1][:2])), InputError, "does not fit the model or the loss: Expected"),
+        (lambda: apply(data=[*DATA]), InputError, "must be a pair"),
         (lambda: apply(loss=lambda s, t: s), InputError, "must return a scalar"),
         (lambda: apply(loss=lambda s, t: s.sum() * float("nan")), NonFiniteError, "the loss is nan"),
         (lambda: apply(model=OnceOnly(4, 3).double()), InputError, "differentiated twice: .* once_differentiable"),

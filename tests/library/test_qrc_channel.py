@@ -12,18 +12,23 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from library.errors import InputError
-from library.qrc import echo
+from library.qrc import channel, echo, parallel
+from library.qrc.arnoldi import largest_modulus
 from library.qrc.channel import (
     channel_spectrum,
     fixed_point,
+    second_moduli,
+    slowest_time_scale,
     smooth_step,
     step_matrices,
     superoperator,
     transfer_matrices,
 )
 from library.qrc.figures import knobs_figure, onion_figure
+from library.qrc.hybrid import HybridReservoir
 from library.qrc.onion import annulus_overlap, design_onion, onion, time_scale_sweep
 from library.qrc.reservoir import QuantumReservoir
+from library.qrc.spectra import time_scales
 from library.qrc.steps import Steps
 from library.qrc.tasks import memory_capacity
 from tests.library.quantum_cases import (
@@ -31,6 +36,7 @@ from tests.library.quantum_cases import (
     IDEAL,
     LINEAR,
     NOISE,
+    NOISY,
     OUTCOME,
     PERIODIC,
     golden,
@@ -113,6 +119,65 @@ def test_the_spectrum_is_one_of_a_channel(measured, unreset, kind, sigma, value,
     assert float(spectrum.eigenvalues[0, 0].abs()) == pytest.approx(np.sort(np.abs(values))[-2], abs=1e-10)
 
 
+def test_the_slowest_mode_is_the_same_without_the_matrix(monkeypatch):
+    cases = [{"qubits": 5, "measured": 2}, {"qubits": 3, "kind": "ising", "measured": 2, "reset": 0, "sigma": 0.2}]
+    cases += [{"qubits": 3, "mode": "both", "measured": 1, "feedback": 0.8}, *PERIODIC.values(), *OUTCOME.values()]
+    made = [reservoir(case, **({} if "feedback" in case else {"feedback": 1.0})) for case in cases]
+    exact = [channel_spectrum(each, HALF) for each in made]
+    monkeypatch.setattr(channel, "EXACT_NUMBERS", 0)
+    monkeypatch.setattr(torch.linalg, "eigvals", None)  # nor are all eigenvalues sought
+    for each, spectrum in zip(made, exact, strict=True):
+        assert second_moduli(each, HALF) == pytest.approx(float(spectrum.eigenvalues.abs().max()), abs=1e-9)
+        assert slowest_time_scale(each, HALF) == pytest.approx(float(spectrum.slowest[0]), rel=1e-7, abs=1e-9)
+    nilpotent = torch.zeros(40, 40, dtype=torch.float64).diagonal_scatter(torch.ones(20).double(), 20)
+    assert largest_modulus(lambda x: nilpotent @ x, torch.ones(40, dtype=torch.float64)) < 1e-4
+    assert largest_modulus(torch.zeros_like, torch.ones(40, dtype=torch.float64)) == 0
+
+
+def test_many_qubits_need_no_matrix_of_the_channel(monkeypatch):
+    """Six qubits have 1024 numbers of memory: neither evolution nor the check before use may form 1024 x 1024."""
+    monkeypatch.setattr(channel, "step_matrices", None)
+    monkeypatch.setattr(channel, "transfer_matrices", None)
+    made, inputs = QuantumReservoir(qubits=6), series(1, 1400, 1)
+    monkeypatch.setattr(parallel, "suggested_overlap", None)  # pieces cannot pay, so that no overlap is sought
+    monkeypatch.setattr(parallel.direct, "evolve", lambda *args, **options: args[1].shape)
+    assert parallel.evolve_if_cheaper([made], inputs, None, None) == inputs.shape
+    monkeypatch.undo()
+    monkeypatch.setattr(channel, "step_matrices", None)
+    assert echo.check_echo_state(made, inputs[0, :90], 90).rate < 0
+    [row] = time_scales(HybridReservoir(members=(made,)), inputs[:, :9], most=1)
+    assert row["tau"] == pytest.approx(-1 / math.log(row["annulus_high"]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.tensor([[torch.nan]]), "inputs: 1 are not finite"),
+        (torch.zeros(3), r"shape \(3,\); allowed: \(inputs, channels\)"),
+        (torch.tensor(0.5), r"shape \(\); allowed"),
+        (torch.zeros(0, 1), r"shape \(0, 1\); allowed"),
+        (np.zeros((1, 1)), "a ndarray; allowed: a tensor"),
+    ],
+)
+def test_inputs_without_a_spectrum_are_refused(monkeypatch, inputs, message):
+    for made in (QuantumReservoir(qubits=2), QuantumReservoir(qubits=2, mode="feedback")):
+        for ask in (channel_spectrum, second_moduli, step_matrices):
+            with pytest.raises(InputError, match=message):
+                ask(made, inputs)
+    monkeypatch.setattr(channel, "EXACT_NUMBERS", 0)
+    with pytest.raises(InputError, match=message):
+        second_moduli(QuantumReservoir(qubits=2), inputs)
+
+
+def test_angles_without_a_value_never_reach_the_eigenvalues(monkeypatch):
+    huge = QuantumReservoir(qubits=2, scale=1e308)
+    with pytest.raises(InputError, match="matrix is not finite"):
+        channel_spectrum(huge, 10 * HALF)
+    monkeypatch.setattr(channel, "EXACT_NUMBERS", 0)
+    with pytest.raises(InputError, match="image 1 of the map is not finite"):
+        second_moduli(huge, 10 * HALF)
+
+
 def test_nothing_measured_is_unitary():
     made = reservoir(LINEAR["nothing measured"])
     values = np.linalg.eigvals(unitary_of(made, HALF)[0].numpy())
@@ -180,9 +245,9 @@ def test_golden_memory_capacity():
     assert np.abs(found - case["q_r2"]).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", EXPECTATION)
+@pytest.mark.parametrize("name", [*EXPECTATION, "noise, feedback", "noise, both"])
 def test_the_jacobian_is_the_derivative_of_the_step(name):
-    made = reservoir(EXPECTATION[name], feedback=0.8)
+    made = reservoir((EXPECTATION | NOISY)[name], feedback=0.8)
     point = fixed_point(made, HALF[0])
     assert torch.allclose(smooth_step(made, point, HALF[0]), point, atol=1e-10)
     _, after = made.drive(HALF[None], point[None])
@@ -253,7 +318,8 @@ def test_two_starts_meet(name):
 
 
 def test_the_rate_at_a_constant_input_is_that_of_the_slowest_mode():
-    for made in (QuantumReservoir(sigma=0.3), QuantumReservoir(mode="feedback", feedback=1.5, seed=1)):
+    fed = QuantumReservoir(mode="feedback", feedback=1.5, seed=1)
+    for made in (QuantumReservoir(sigma=0.3), fed, QuantumReservoir(sigma=0.3, period=3)):
         slowest = channel_spectrum(made, HALF).slowest
         assert echo.echo_state(made, HALF.expand(600, 1)).memory == pytest.approx(float(slowest[0]), rel=0.05)
 
@@ -298,6 +364,16 @@ def test_an_onion_has_the_time_scales_that_were_asked_for():
         design_onion((0.0,))
 
 
+def test_time_scales_of_a_period_are_in_steps():
+    made = QuantumReservoir(sigma=0.3, period=3)
+    design = design_onion((8.0,), made)
+    found = echo.echo_state(design.reservoirs[0], HALF.expand(600, 1)).memory
+    assert design.achieved == pytest.approx([8], rel=0.05)
+    assert found == pytest.approx(8, rel=0.1)
+    whole = torch.linalg.eigvals(transfer_matrices(made, HALF)[0]).abs().sort().values
+    assert channel_spectrum(made, HALF).annulus[1] == pytest.approx(float(whole[-2]) ** (1 / 3))
+
+
 def test_an_onion_from_lists():
     members = onion(sigma=0.3, measured=[1, 2, 3], seed=5)
     assert [(member.sigma, member.measured, member.seed) for member in members] == [
@@ -311,6 +387,9 @@ def test_an_onion_from_lists():
         onion(sigma=[0.1, 0.3, 1.0], measured=[1, 2])
     with pytest.raises(InputError, match="sigma has 2"):
         onion(3, sigma=[0.1, 0.3])
+    for none in ({"count": 0}, {"count": -1}, {"sigma": []}):
+        with pytest.raises(InputError, match="at least 1"):
+            onion(**none)
     assert annulus_overlap((0.0, 0.5), (0.6, 0.9)) == 0
     assert annulus_overlap((0.2, 0.4), (0.0, 0.9)) == 1
 

@@ -65,6 +65,11 @@ def test_laws_of_the_simulator():
     assert float(cold.current.max()) < 1e-9 * float(simulate(weather(50), [Condition()]).current.max()) + 1e-12
 
 
+def test_a_calm_has_the_salt_of_any_steady_wind():
+    calm, steady = (simulate(weather(100, wind=wind), [Condition()]).table() for wind in (0.0, 3.0))
+    assert torch.equal(calm, steady)
+
+
 def test_brine_is_wet_between_deliquescence_and_efflorescence_only_after_it_was_wet():
     humidity = torch.tensor([60.0] * 5 + [80.0] * 5 + [60.0] * 5 + [40.0] * 5 + [60.0] * 5, dtype=torch.float64)
     environment = weather(25)
@@ -96,7 +101,19 @@ def test_the_shipped_weather_is_whole_and_plausible():
         (lambda: Condition("steel"), "'steel'; there are AA2024"),
         (lambda: Condition(salt=-1), "0 to 10000"),
         (lambda: simulate(weather(5), []), "none given"),
+        (lambda: simulate(weather(5, temperature=np.nan), [Condition()]), "temperature: nan C; possible are -90 to 80"),
+        (lambda: simulate(weather(5, rain=-1.0), [Condition()]), "rain: -1 mm/h; possible are 0 to 500"),
+        (lambda: simulate(weather(5, humidity=101.0), [Condition()]), "humidity: 101 percent"),
+        (lambda: simulate(weather(0), [Condition()]), r"environment: temperature \(0,\)"),
+        (
+            lambda: simulate(dataclasses.replace(weather(5), wind=torch.ones(4)), [Condition()]),
+            r"wind \(4,\); all need",
+        ),
+        (lambda: simulate(weather(5).rolled(torch.arange(3)), [Condition()] * 2), r"or \(2, hours\)"),
         (lambda: iso9223(10, 120, 1, 1), "0 to 100 %"),
+        (lambda: iso9223(np.nan, 50, 1, 1), "temperature nan"),
+        (lambda: iso9223(10, 50, np.nan, 1), "SO2 nan"),
+        (lambda: iso9223(10, 50, 1, np.inf), "chloride inf"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, message):

@@ -114,6 +114,8 @@ def test_a_stacked_layer_sees_standardised_features():
     [
         {"units": 0},
         {"leak": 0.0},
+        {"spectral_radius": np.inf},
+        {"input_scale": np.inf},
         {"annuli": ((0.5, 0.2),)},
         {"units": 2, "annuli": THIRDS},
         {"density": 0.5, "annuli": THIRDS},
@@ -130,6 +132,16 @@ def test_inputs_and_states_that_do_not_fit_are_refused():
         EchoState().drive(torch.zeros(3, 2))
     with pytest.raises(InputError, match="not finite"):
         EchoState().drive(torch.full((1, 3, 1), torch.nan, dtype=torch.float64))
+    network, inputs = EchoState(units=3), rand(1, 4, 1)
+    for state in (rand(5, 3), rand(1, 4), rand(3)):
+        with pytest.raises(InputError, match=r"this reservoir and input take \(1, 3\)"):
+            network.drive(inputs, state)
+    with pytest.raises(InputError, match="the state holds numbers that are not finite"):
+        network.drive(inputs, rand(1, 3) * torch.nan)
+    with pytest.raises(InputError, match="1 states for 2 reservoirs"):
+        drive_echo_states([network, network], inputs, [rand(1, 3)])
+    with pytest.raises(InputError, match="inputs are a ndarray"):
+        network.drive(inputs.numpy())
     with pytest.raises(InputError, match="the state has shape"):
         ONION.drive(rand(1, 3, 1), rand(1, 3))
     with pytest.raises(ValidationError, match="no layer to stack"):

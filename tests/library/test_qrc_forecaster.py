@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from library.artifact import open_artifact, write_artifact
 from library.errors import ArtifactError, InputError
+from library.qrc import forecaster
 from library.qrc.closed_loop import Residuals
 from library.qrc.esn import EchoState
 from library.qrc.forecaster import Forecaster
@@ -95,6 +96,42 @@ def test_what_is_predicted_begins_in_a_state_of_training(fitted):
     assert torch.equal(reset.begin(2), SMALL.start(2))
     low, high = y.min(), y.max()
     assert float(fitted.bounded(torch.full((1, 4), 1e9, dtype=torch.float64))[0, 0]) < high + (high - low)
+
+
+def test_the_typical_state_is_of_rows_that_were_given(monkeypatch):
+    """Series of unequal lengths are padded; the padding is neither a stretch of training nor part of the check."""
+    x, y = data()
+    whole = Forecaster(EchoState(units=8), washout=60).fit(x[:1], y[:1])
+    padded = Forecaster(EchoState(units=8), washout=60, scale=False)
+    shown = []
+    drive = EchoState.drive
+    monkeypatch.setattr(EchoState, "drive", lambda *args: shown.append(args[1]) or drive(*args))
+    padded.fit([x[0], x[1, :90], x[1, :40]], [y[0], y[1, :90], y[1, :40]])
+    rows = {tuple(row) for part in (x[0], x[1, :90]) for row in part.clip(*padded.clip).tolist()}
+    windows = shown[-1]
+    assert windows.shape == (16, 60, 2)
+    assert {tuple(row) for row in windows.flatten(0, 1).tolist()} <= rows
+    assert (windows[:, 1:] != windows[:, :-1]).any(-1).all()
+    first = Forecaster(EchoState(units=8), washout=60)
+    first.fit([x[0], x[0, :40]], [y[0], y[0, :40]])
+    assert torch.equal(first.typical_, whole.typical_)
+
+
+def test_the_check_before_use_is_of_the_longest_series(monkeypatch):
+    x, y = data()
+    checked = []
+    monkeypatch.setattr(forecaster, "check_echo_state", lambda made, inputs, washout: checked.append(inputs))
+    model = Forecaster(QuantumReservoir(qubits=2), washout=60).fit([x[1, :70], x[0]], [y[1, :70], y[0]])
+    assert torch.equal(checked[0], model.scaled(torch.from_numpy(x[0])))
+
+
+def test_a_stream_that_repeats_the_first_row_itself_gives_what_the_whole_series_does():
+    x, y = data(1)
+    model = Forecaster(EchoState(units=8), washout=30, repeats=2).fit(x, y)
+    _, state = model.advance(x[:, [0, 0]], model.begin(1))
+    assert np.abs(model.advance(x, state)[0].numpy() - model.predict(x)).max() < 1e-10
+    with pytest.raises(InputError, match=r"the state has shape \(1, 3\)"):
+        model.advance(x, torch.zeros(1, 3))
 
 
 def test_validation_series_choose_alpha_and_lend_their_residuals():

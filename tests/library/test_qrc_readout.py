@@ -59,6 +59,16 @@ def test_errors_of_left_out_samples_are_those_of_refitting_without_them():
     assert float(path.freedom) == pytest.approx(5)
 
 
+def test_fits_through_every_sample_tell_no_error():
+    x, y = problem(rows=40, width=60)
+    path = ridge_path(x, y, [0.0, 1e-10, 1e-2])
+    for errors in (path.loo, path.gcv, Moments.of(x, y).path([0.0, 1e-10, 1e-2]).gcv):
+        assert torch.isinf(errors[0]).all()
+        assert torch.isfinite(errors[2]).all()
+    assert torch.isfinite(path.loo[1]).all()
+    assert float(path.least(path.loo).alpha.min()) > 0
+
+
 def test_a_huge_alpha_gives_the_mean_and_shifted_features_change_nothing():
     x, y = problem()
     far = ridge_path(x, y, [1e12]).predictions(x)[0]
@@ -155,6 +165,7 @@ def test_greedy_choice_from_moments_is_the_one_by_refitting():
         (lambda x, y: ridge_path(x, y, [-1.0]), "at least 0"),
         (lambda x, y: ridge_path(x, y, []), "one or more"),
         (lambda x, y: ridge_path(x[:1], y[:1]), "at least 2"),
+        (lambda x, y: Moments.total([]), "shards: none given"),
         (lambda x, y: forward_selection(Moments.of(x, y), [], [[0]], most=1), "at least one candidate"),
         (
             lambda x, y: forward_selection(Moments.of(x, y), [Moments.of(x, y * 0)], [[0]], most=1),

@@ -250,6 +250,13 @@ def test_a_memory_that_does_not_fade_is_not_cut():
         ({"qubits": 1}, "greater than or equal to 2"),
         ({"sigma": -1}, "greater than or equal to 0"),
         ({"depth": 3}, "Extra inputs"),
+        *(
+            ({name: value}, "finite number")
+            for name in ("sigma", "scale", "bias", "feedback", "field")
+            for value in (torch.inf, torch.nan)
+        ),
+        ({"angles": (torch.nan,) * 24}, "finite number"),
+        ({"unitary": (torch.nan,) * 512}, "finite number"),
     ],
 )
 def test_settings_that_make_no_reservoir_are_refused(changes, message):
@@ -261,6 +268,8 @@ def test_inputs_and_states_that_fit_not_are_refused():
     made = QuantumReservoir(qubits=2)
     with pytest.raises(InputError, match="series, time, channels"):
         made.drive(torch.zeros(3, 2))
+    with pytest.raises(InputError, match="a ndarray; allowed: a tensor"):
+        made.drive(np.zeros((1, 5, 1)))
     with pytest.raises(InputError, match="series, time, channels"):
         made.drive(torch.zeros(1, 0, 1))
     bad = torch.zeros(2, 5, 1)

@@ -77,6 +77,11 @@ TIMES = list(table()["time"])
         ({"temperature_F": [1.0, 900.0, 1.0, 1.0, 1.0, 1.0]}, {}, "row 1 is 482.222 C; possible are -90 to 80 C"),
         ({"humidity_percent": ["wet"] * ROWS}, {}, "column humidity_percent: not numbers"),
         ({"wind_furlong": [1.0] * ROWS}, {}, "column wind_furlong: no unit; name it wind_m_s, wind_km_h"),
+        (
+            {"temperature_C": [10.0] * ROWS},
+            {},
+            "columns temperature_F and temperature_C both hold temperature; keep one",
+        ),
         ({}, {"inputs": ("wind",)}, "there is no column wind_m_s; it has time, temperature_F"),
         ({}, {"inputs": ("pressure",)}, "there is no column pressure"),
     ],

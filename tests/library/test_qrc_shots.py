@@ -121,6 +121,8 @@ def test_pieces_continue_the_shots():
         assert end[:, -1].tolist() == [20, 20]
         with pytest.raises(InputError, match="this reservoir and input take"):
             sampled.drive(inputs, state[:1])
+        with pytest.raises(InputError, match="not finite"):
+            sampled.drive(inputs, state * torch.nan)
 
 
 def test_golden_probabilities_give_the_golden_features():

@@ -9,6 +9,7 @@ import torch
 from library.errors import InputError
 from library.qrc import tasks
 from library.qrc.esn import run
+from library.qrc.scores import coverage, paired_gain, scores
 from library.qrc.tasks import memory_capacity
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qrc" / "memory_capacity.npz"
@@ -103,7 +104,17 @@ def test_the_multi_scale_target_is_the_sum_of_its_averages():
         (lambda: tasks.multi_scale(10, taus=()), "one or more"),
         (lambda: memory_capacity(torch.zeros(50, 2), torch.zeros(50)), "too few"),
         (lambda: memory_capacity(torch.zeros(50, 2), torch.zeros(51)), "as many steps"),
+        (lambda: memory_capacity(torch.zeros(900, 2), torch.zeros(900), delays=0), "0 delays, washout 200: at least 1"),
         (lambda: tasks.nrmse(torch.ones(3), torch.ones(3)), "constant"),
+        (lambda: tasks.nrmse(torch.zeros(3, 1), torch.arange(3.0)), r"predictions \(3, 1\) and target \(3,\)"),
+        (lambda: scores(torch.ones(2, 1), torch.ones(2, 1)), "constant.*more series"),
+        (lambda: scores(torch.zeros(3, 1), torch.arange(3.0)), "both need the same shape"),
+        (lambda: scores(torch.tensor([torch.nan, 1.0]), torch.arange(2.0)), "predictions: 1 values are not finite"),
+        (lambda: scores(torch.arange(2.0), torch.tensor([torch.inf, 1.0])), "target: 1 values are not finite"),
+        (lambda: scores(torch.zeros(0), torch.zeros(0)), "not empty"),
+        (lambda: coverage(torch.zeros(3, 1), torch.ones(3), torch.arange(3.0)), r"lower ends \(3, 1\)"),
+        (lambda: coverage(torch.zeros(3), torch.ones(1), torch.arange(3.0)), r"upper ends \(1,\)"),
+        (lambda: paired_gain(torch.ones(1, 9), torch.ones(1, 9), block=0), "blocks of 0 steps; allowed: 1 or more"),
     ],
 )
 def test_what_cannot_be_made_is_refused(call, message):

@@ -103,6 +103,7 @@ def test_golden_losses_and_metrics(case: int) -> None:
         found = detection_metrics(stored["logits"].softmax(1)[:, 1], stored["label"])
         assert found["auc"] == pytest.approx(float(stored["auc"]), abs=1e-9)
         assert macro_f1(stored["logits"].argmax(1) == 1, stored["label"]) == pytest.approx(float(stored["macro_f1"]))
+        assert found["macro_f1"] == pytest.approx(float(stored["macro_f1"]))
 
 
 OPTIONS = [
@@ -197,6 +198,9 @@ def test_prepared_terms_need_kinds_or_features() -> None:
         prepare(GRAPHS, depth=3)
     with pytest.raises(InputError, match="from 0 to 2"):
         prepare(GRAPHS, kinds=KINDS, count=3, depth=3)
+    for bad, message in ((float("nan"), "of node 0, channel 0, is NaN"), (1e20, "feature 0 of graph 0 is too large")):
+        with pytest.raises(InputError, match=message):
+            prepare(path(2), features=torch.tensor([[bad], [0.0]]), depth=3)
     alone = prepare(Graphs.from_edges([3], []), kinds=torch.tensor([0, 1, 1]), count=2, depth=3).whole()
     assert float(alone.energies.abs().sum()) == 0
     assert alone.squares.tolist() == [[1, 2]]
@@ -227,6 +231,9 @@ def test_the_loss_has_its_limits_its_gradient_and_no_overflow() -> None:
     assert float((plain - expected).detach()) == pytest.approx(0, abs=1e-12)
     weights = torch.tensor([0.3, 1.7])
     assert torch.autograd.gradcheck(lambda z: focal_loss(z, labels, weights, 1.5), logits)
+    for bad in (torch.tensor([0, 2]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])):
+        with pytest.raises(InputError, match="labels must be int64 from 0 to 1"):
+            focal_loss(torch.zeros(2, 2), bad, weights, 1.5)
     for size in (89.0, 1e4):
         extreme = torch.tensor([[size, -size], [-size, size]], requires_grad=True)
         value = focal_loss(extreme, torch.tensor([0, 0]), torch.ones(2), 1.5)
@@ -252,6 +259,14 @@ def test_metrics_agree_with_scikit_learn() -> None:
             call(scores, torch.zeros(300, dtype=torch.bool))
     with pytest.raises(InputError, match="positive"):
         average_precision(scores, torch.zeros(300))
+
+
+def test_equally_likely_classes_are_called_normal_unless_a_threshold_says_otherwise() -> None:
+    probabilities, labels = torch.tensor([0.5, 0.5, 0.9, 0.1]), torch.tensor([0, 0, 1, 1])
+    published = f1_score(labels, [0, 0, 1, 0], average="macro")
+    reached = f1_score(labels, [1, 1, 1, 0], average="macro")
+    assert detection_metrics(probabilities, labels)["macro_f1"] == pytest.approx(published)
+    assert detection_metrics(probabilities, labels, threshold=0.5)["macro_f1"] == pytest.approx(reached)
 
 
 def test_platt_scaling_keeps_ranks_and_matches_frequencies() -> None:

@@ -51,6 +51,12 @@ def test_tu_files_are_read_with_their_kinds(tmp_path) -> None:
     assert part.kinds.tolist() == [2, 1, 1, 2, 1]
 
 
+def test_several_columns_of_tu_labels_are_one_kind(tmp_path) -> None:
+    data = tu.read_folder(written(tmp_path, node_labels="0, 5\n0, 6\n0, 5\n1, 5\n0, 6\n0, 5\n0, 10\n"))
+    assert data.vocabulary == ("0,5", "0,6", "0,10", "1,5")
+    assert data.kinds.tolist() == [0, 1, 0, 3, 1, 0, 2]
+
+
 def test_tu_attributes_are_features(tmp_path) -> None:
     written(tmp_path, node_labels=None, node_attributes="\n".join(["0.5, 1"] * 7))
     data = load_graphs(str(tmp_path))
@@ -121,6 +127,15 @@ def test_npz_files_are_checked(tmp_path) -> None:
         return load_graphs(str(tmp_path / f"{name}.npz"))
 
     assert load("good").vocabulary == ("0", "1")
+    assert load("floats", label=np.array([0.0, 1.0])).labels.tolist() == [0, 1]
+    either = load(
+        "path",
+        num_nodes=np.array([3, 1]),
+        num_edges=np.array([2, 0]),
+        edge=np.array([[0, 1], [1, 2]]),
+        atom=np.arange(4),
+    )
+    assert either.graphs.edges.tolist() == [[0, 1], [1, 2]]
     features = load("features", atom=None, features=np.ones((3, 2)))
     assert features.features.shape == (3, 2)
     for name, changes, message in (
@@ -130,6 +145,17 @@ def test_npz_files_are_checked(tmp_path) -> None:
         ("d", {"atom": np.array([0, 1])}, "for each of the nodes"),
         ("e", {"label": np.array([0, 3])}, "needs a label"),
         ("f", {"atom": None, "features": np.full((3, 2), np.inf)}, "NaN or infinity"),
+        ("g", {"edge": np.array([[0.6, 1.0]])}, "edge must be whole numbers, got float64 such as 0.6"),
+        ("h", {"label": np.array([0, 0.7])}, "label must be whole numbers"),
+        ("i", {"atom": np.array([0, 0.9, np.nan])}, "atom must be whole numbers"),
+        ("j", {"label": np.array(["no", "yes"])}, "label must be whole numbers, got <U3 such as no"),
+        ("k", {"num_nodes": np.array([2.5, 1])}, "num_nodes must be whole numbers"),
+        ("l", {"atom": None, "features": np.full((3, 2), "a")}, "features must be numbers"),
+        (
+            "m",
+            {"num_nodes": np.array([4, 1]), "num_edges": np.array([2, 0]), "edge": np.array([[0, 1], [2, 3]])},
+            "2, 2",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             load(name, **changes)

@@ -115,6 +115,10 @@ def test_what_the_detector_refuses(trained, artifact, tmp_path) -> None:
         ({}, "kinds: this model needs"),
         ({"features": torch.ones(2, 3)}, "kinds: this model needs"),
         ({"kinds": [["C"]]}, "graph 0 has 2 nodes and 1 kinds"),
+        ({"kinds": []}, "kinds: 0 lists for 1 graphs"),
+        ({"kinds": [["C", "C"], ["C"]]}, "kinds: 2 lists for 1 graphs"),
+        ({"kinds": [["C", "C"]], "threshold": math.nan}, "threshold must be within"),
+        ({"kinds": [["C", "C"]], "threshold": 7}, "threshold must be within .0, 1., got 7"),
     ):
         with pytest.raises(InputError, match=message):
             trained.detect(edge, **options)
@@ -152,9 +156,18 @@ def test_a_detector_of_features_checks_them() -> None:
         (None, "this model needs 1 features"),
         (torch.ones(2, 2), "shape .2, 2."),
         (torch.tensor([[1.0], [math.nan]]), "NaN"),
+        (torch.full((2, 1), 1e30), "feature 0 of graph 0 is too large"),
+        (torch.full((2, 1), 1e20).double(), "feature 0 of graph 0 is too large"),
     ):
         with pytest.raises(InputError, match=message):
             own.detect(edge, features=features)
+
+
+def test_a_score_that_is_no_number_is_no_decision(trained, monkeypatch) -> None:
+    edge = Graphs.from_edges([2], [[0], [1]])
+    monkeypatch.setattr(trained, "scores", lambda prepared: (torch.tensor([math.nan]).double(), torch.ones(2)))
+    with pytest.raises(InputError, match="graph 0 has no finite score"):
+        trained.detect(edge, kinds=[["C", "C"]])
 
 
 @pytest.mark.parametrize("module", [data, detector, recipe])

@@ -374,6 +374,22 @@ def features(samples: list[GraphSample]) -> list[GraphSample]:
     ]
 
 
+@pytest.mark.parametrize("edge_types", [0, 2])
+@pytest.mark.parametrize("method", ["spe", "peg", "signnet", "basisnet"])
+def test_predictions_depend_on_the_eigenvectors_and_all_weights_are_used(method, edge_types):
+    encoding = Encoding(method=method, eigenpairs=9, multiplicities=1, norm="layer")
+    samples = features(bare_samples(graphs().select([3, 6]), encoding, dtype=torch.float64))
+    torch.manual_seed(0)
+    schema = Schema(node_types=3, edge_types=edge_types)
+    network = GraphNetwork(encoding, Backbone(layers=2, hidden=8, norm="layer"), schema).double().eval()
+    before = network(collate_graphs(samples, eigenpairs=9))
+    noisy = [s._replace(vectors=torch.randn(s.vectors.shape, generator=generator()).to(s.vectors)) for s in samples]
+    after = network(collate_graphs(noisy, eigenpairs=9))
+    assert (after - before).abs().max() > 1e-6
+    before.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+
+
 @pytest.mark.parametrize("inject", ["input", "every_layer"])
 @pytest.mark.parametrize("join", ["add", "concat"])
 @pytest.mark.parametrize("method", ["spe", "none", "peg", "signnet", "basisnet"])

@@ -34,9 +34,10 @@ def weights(data: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name[2:]: torch.from_numpy(array) for name, array in data.items() if name.startswith("w.")}
 
 
-def network(name: str) -> GraphNetwork:
+def network(name: str, state: dict[str, Tensor] | None = None, **changes: object) -> GraphNetwork:
+    """The network of a file with its weights, or with other ones and other settings of its encoding."""
     data, config = case(name)
-    phi, rho = config["psi_model_name"], config["phi_model_name"]
+    phi, rho, basis = config["psi_model_name"], config["phi_model_name"], config["pe_method"] == "basis_inv"
     encoding = Encoding(
         method=METHODS[config["pe_method"]],
         eigenpairs=config["pe_dims"],
@@ -48,16 +49,18 @@ def network(name: str) -> GraphNetwork:
         phi_hidden=config["psi_hidden_dims"],
         heads=config["num_heads"],
         rho=rho,
-        rho_layers=config["n_phi_layers"],
+        rho_layers=config["n_psi_layers" if basis else "n_phi_layers"],
         rho_hidden=config["phi_hidden_dims"],
         mlp_layers=config["n_mlp_layers"],
         mlp_hidden=config["mlp_hidden_dims"],
-        norm="layer" if rho == "mlp" else config["rho_norm"],
-        between=config["batch_norm"],
+        norm=config["rho_norm"],
+        outer_hidden=config["phi_hidden_dims"],
+        outer_norm="layer" if rho == "mlp" else "batch",
+        between=config["batch_norm"] and not basis,
         summed=config["pe_method"] == "masked_sign_inv",
         multiplicities=config["pe_dims"],
         official_bugs=True,
-    )
+    ).model_copy(update=changes)
     backbone = Backbone(
         layers=config["n_base_layers"],
         hidden=config["base_hidden_dims"],
@@ -71,7 +74,7 @@ def network(name: str) -> GraphNetwork:
     discrete = config["features"] == "discrete"
     schema = Schema(node_types=28, edge_types=4) if discrete else Schema(node_features=9, edge_features=4)
     made = GraphNetwork(encoding, backbone, schema)
-    load_official(made, weights(data))
+    load_official(made, state or weights(data))
     return made
 
 
@@ -188,6 +191,42 @@ def test_the_plain_transcription_is_the_released_formulation(name):
     net, graphs = network(name), batch(name)
     close(plain_forward(net.eval(), graphs)[:, 0], data["y_eval"], **CLOSE)
     close(plain_forward(net.train(), graphs)[:, 0], data["y_train"], **TRAINED)
+
+
+def doubled(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A state in which every hidden unit of one perceptron is there twice, and counts half: the same function."""
+    found = dict(state)
+    for key in (key for key in state if key.startswith(prefix) and state[key].ndim):
+        if key.startswith(f"{prefix}layers."):
+            found[key] = torch.cat([found[key], found[key]])
+        if key.endswith("fc.weight") and not key.startswith(f"{prefix}layers.0."):
+            found[key] = torch.cat([found[key], found[key]], 1) / 2
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("signnet", "positional_encoding.rho."),
+        ("signnet_masked", "positional_encoding.rho."),
+        ("spe_mlp_rho", "positional_encoding.phi.mlp."),
+    ],
+)
+def test_a_released_outer_perceptron_may_be_wider_than_the_inner_ones(name, prefix):
+    data, config = case(name)
+    state = doubled(weights(data), prefix)
+    net = network(name, state, outer_hidden=2 * config["phi_hidden_dims"]).eval()
+    close(net.encode(batch(name)), data["pe_eval"], **CLOSE)
+    close(net(batch(name))[:, 0], data["y_eval"], **CLOSE)
+    assert network(name, outer_hidden=None).encoder.state_dict().keys() == net.encoder.state_dict().keys()
+
+
+def test_a_released_state_without_encodings_may_hold_perceptrons_for_them():
+    data, other = case("no_pe")[0], weights(case("peg")[0])
+    unused = {key: value for key, value in other.items() if ".gine.layers." in key and ".pe_embedding." in key}
+    assert unused
+    net = network("no_pe", weights(data) | unused).eval()
+    close(net(batch("no_pe"))[:, 0], data["y_eval"], **CLOSE)
 
 
 def test_parameter_counts_are_the_published_ones():

@@ -7,11 +7,14 @@ from torch import Tensor
 from library.artifact import open_artifact
 from library.errors import ArtifactError, InputError
 from library.recipe import evaluation_batches, fit, make_batch
+from library.spe.batch import collate_graphs
+from library.spe.encode import bare_samples
 from library.spe.network import GraphNetwork
 from library.spe.predictor import GraphPredictor
 from library.spe.presets import PRESETS
 from library.spe.recipe import SpeRecipe, load_network
 from library.spe.settings import Backbone, Encoding, Schema
+from library.spectral.graphs import Graphs
 
 TINY = {
     "batch_size": 16,
@@ -68,6 +71,12 @@ def test_bad_graphs_are_refused_by_name(trained):
         (lambda: predictor.graph([0, 1], [[0, 1]], [], "g"), "g: 1 edges have 0 types"),
         (lambda: predictor.graph([0, 1], [[0, 2]], [1], "g"), "g: edge 0 joins nodes"),
         (lambda: predictor.graph([0, 1], [[0, 1, 1]], [1], "g"), "g: an edge is a pair of nodes"),
+        (lambda: predictor.graph([0, 1, 2], [[0.9, 1.7]], [1], "g"), "g: an edge is a pair of nodes, two integers"),
+        (lambda: predictor.graph([0, 1, 2], ["ab"], [1], "g"), "g: an edge is a pair of nodes"),
+        (lambda: predictor.graph([0, 1, 2], [1, 2], [1, 1], "g"), "g: an edge is a pair of nodes"),
+        (lambda: predictor.graph([0, 1, 2], [[]], [1], "g"), "g: an edge is a pair of nodes"),
+        (lambda: predictor.graph([0, 1], [[True, False]], [1], "g"), "g: an edge is a pair of nodes"),
+        (lambda: predictor.answer([]), "there are no graphs"),
         (lambda: predictor.graph([0, 1], [[1, 1]], [1], "g"), "g: edge 0 is a self-loop"),
         (lambda: predictor.graph([0, 1], [[0, 1], [1, 0]], [1, 1], "g"), "g: edge 1, .* is listed twice"),
     ):
@@ -78,6 +87,34 @@ def test_bad_graphs_are_refused_by_name(trained):
         predictor.answer([predictor.molecule("CC"), many], names=["first", "second"])
 
 
+def test_each_batch_is_encoded_once_and_each_target_has_its_sensitivity():
+    schema, encoding = Schema(node_types=2, targets=("a", "b")), TINY["encoding"]
+    predictor = GraphPredictor(GraphNetwork(encoding, TINY["backbone"], schema), encoding, schema)
+    calls, rho = [], predictor.network.encoder.rho
+    rho.register_forward_hook(lambda *_: calls.append(1))
+    given = predictor.graph([0, 1, 1], [[0, 1], [1, 2]], [0, 0], "g")
+    [found] = predictor.answer([given])
+    assert len(calls) == 1
+    batch = collate_graphs(bare_samples(Graphs.from_edges([3], [[0, 1], [1, 2]]), encoding), eigenpairs=8)
+    batch = batch._replace(nodes=given.nodes)
+    torch.testing.assert_close(found.values, predictor.network(batch)[0].double().detach())
+    assert predictor.sensitivities(predictor.graph([0], [], [], "g")).shape == (0, 2)
+    assert predictor.sensitivities(given).shape == (2, 2)
+
+
+def test_without_encodings_nothing_is_diagonalised_and_no_cut_refused(monkeypatch):
+    schema, encoding = Schema(node_types=1), Encoding(method="none", eigenpairs=2, split="error")
+    predictor = GraphPredictor(GraphNetwork(encoding, TINY["backbone"], schema), encoding, schema)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    ring, apart = [[0, 1], [1, 2], [2, 3], [3, 0]], []
+    found = predictor.answer([predictor.graph([0] * 4, edges, [0] * len(edges), "g") for edges in (ring, apart)])
+    for answer in found:
+        assert torch.isfinite(answer.values).all()
+        assert (len(answer.eigenvalues), answer.multiplicities, answer.gap) == (0, [], float("inf"))
+        assert answer.encodings is None
+        assert answer.phi is None
+
+
 def test_bad_features_are_refused_by_name():
     schema = Schema(node_features=2, edge_features=1)
     predictor = GraphPredictor(GraphNetwork(TINY["encoding"], TINY["backbone"], schema), TINY["encoding"], schema)
@@ -86,6 +123,9 @@ def test_bad_features_are_refused_by_name():
         ([[0.5]], "g: a node needs 2 features"),
         ([3], "g: a node needs 2 features"),
         ([[0.5, float("nan")]], "g: a node has a feature that is NaN or infinite"),
+        ([[None, 0.5]], "g: a node has a feature that is no number"),
+        ([["a", "b"]], "g: a node has a feature that is no number"),
+        (["ab"], "g: a node needs 2 features"),
     ):
         with pytest.raises(InputError, match=message):
             predictor.graph(nodes, [], [], "g")

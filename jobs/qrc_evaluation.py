@@ -160,7 +160,7 @@ def hybrid(members: "Sequence[QuantumReservoir]", values: Values) -> "HybridRese
 def about(member: QuantumReservoir, inputs: "Tensor") -> dict[str, float]:
     """The longest time scale at the mean input, and memory of independent inputs."""
     from library.errors import InputError
-    from library.qrc.channel import channel_spectrum
+    from library.qrc.channel import slowest_time_scale
     from library.qrc.tasks import memory_capacity, uniform_signal
 
     signal = uniform_signal(MEMORY_STEPS)
@@ -168,7 +168,7 @@ def about(member: QuantumReservoir, inputs: "Tensor") -> dict[str, float]:
     memory = memory_capacity(features[0], signal[0], delays=MEMORY_DELAYS)
     found = {"memory_capacity": memory.total, "mean_delay": memory.mean_delay}
     try:
-        slowest = float(channel_spectrum(member, inputs.flatten(0, 1).mean(0, keepdim=True)).slowest[0])
+        slowest = float(slowest_time_scale(member, inputs.flatten(0, 1).mean(0, keepdim=True))[0])
     except InputError:
         return found  # fed back, and without a fixed point
     return found | ({"tau": slowest} if slowest < float("inf") else {})

@@ -106,13 +106,14 @@ def sensitivity(
 ) -> Sensitivity:
     """How sensitive every convolution and linear layer of a trained network is to quantisation.
 
-    `loss(model(input), target)` is the mean over a batch, and `data` a list of batches (input, target), or one pair
-    of tensors; several let the error from the choice of data be told. Traces take one product per probe for all
+    `loss(model(input), target)` is the mean over a batch, and `data` a list of batches (input, target), or one pair of
+    tensors; several batches let the error from the choice of data be told. Traces take one product per probe for all
     layers, in rounds of 10, until `probes`, or until every trace is known to 5 %, or, with a `budget`, until 95 % of
-    resampled probes and batches choose the same bits. `activation_bits` adds the layers' inputs. The network runs in evaluation mode; fold
-    batch norm before (`fold_batch_norm`) when the deployed network has it folded. `forms(start, count)` computes the
-    quadratic forms (batches, count, layers) of `quadratic_forms` elsewhere, on a cluster say. The curvature of a
-    `known` sensitivity of the same network is taken over: only the perturbations are new then.
+    resampled probes and batches choose the same bits. `activation_bits` adds the layers' inputs. The network runs in
+    evaluation mode; fold batch norm before (`fold_batch_norm`) when the deployed network has it folded.
+    `forms(start, count)` computes the quadratic forms (batches, count, layers) of `quadratic_forms` elsewhere, on a
+    cluster say. The curvature of a `known` sensitivity of the same network is taken over: only the perturbations are
+    new then.
 
     Raises InputError for data that are empty or do not fit the model or the loss, unknown layers, frozen weights or
     bits outside 2 to 16, and NonFiniteError.

@@ -184,8 +184,7 @@ def _estimated(
     }
     if newton is not None:
         # H's eigenvectors are near G's, yet may be orthogonal to some of them: random columns are not
-        others = hessian.probes(wanted, generator=draw) / hessian.size**0.5
-        start = torch.cat([found["top"].vectors, others], 1)
+        start = torch.cat([found["top"].vectors, hessian.probes(wanted, generator=draw)], 1)
         found["gauss_newton"] = extreme_eigenpairs(
             watch(newton, "Gauss-Newton eigenvalues"),
             start,

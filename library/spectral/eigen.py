@@ -78,7 +78,7 @@ def extreme_eigenpairs(
         )
     if room >= n:
         return _exact(operator, start, largest, smallest)
-    if not bool(torch.isfinite(start).all()) or int(torch.linalg.matrix_rank(start)) < block:
+    if not bool(torch.isfinite(start).all()) or _rank(start) < block:
         raise InputError("the start block must be finite, without zero or dependent columns")
     require_symmetric(operator, torch.cat([start[:, :1], _random(start, 1, generator)], 1))
 
@@ -105,6 +105,13 @@ def extreme_eigenpairs(
         products += new.shape[1]
     falling = values[:near].argsort(descending=True)
     return Eigenpairs(values[:near][falling], ritz[:, falling], residuals[falling], done[falling], products)
+
+
+def _rank(block: Tensor) -> int:
+    """Of the columns, whatever their lengths; sums over n rows are taken to err by sqrt(n) roundings, not by n."""
+    lengths = torch.linalg.vector_norm(block, dim=0)
+    unit = block / torch.where(lengths > 0, lengths, 1)
+    return int(torch.linalg.matrix_rank(unit, rtol=10 * torch.finfo(block.dtype).eps * len(block) ** 0.5))
 
 
 def _allowed(values: Tensor, near: int, tolerance: float, own: bool) -> Tensor:

@@ -143,3 +143,11 @@ A = torch.eye(100, dtype=torch.float64)
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_neither_lengths_of_start_columns_nor_many_rows_make_them_dependent():
+    diagonal = torch.linspace(0, 1, 200_000)
+    diagonal[:3] = torch.tensor([5.0, 4.0, 3.0])
+    block = torch.randn(len(diagonal), 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0])
+    found = extreme_eigenpairs(lambda x: diagonal[:, None] * x, block, largest=3, generator=generator(), tolerance=1e-3)
+    assert found.values.tolist() == pytest.approx([5.0, 4.0, 3.0], rel=1e-3)

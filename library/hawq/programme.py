@@ -8,11 +8,12 @@ from numpy.typing import ArrayLike
 
 from library.errors import InputError, PrismError
 from library.hawq.costs import attainable, checked_table, joined, rounded_limit
-from library.hawq.pareto import CELLS, Selection, lagrangian_bound
+from library.hawq.pareto import Selection, lagrangian_bound
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+CELLS = 1 << 16  # partial settings that are held at a time
 TOLERANCE = 2e-6  # by which the solver may exceed a limit, relative
 
 
@@ -28,7 +29,7 @@ def select(
 
     Branch and bound (HiGHS, through `scipy.optimize.milp`) meets the limits and ends only within tolerances. So its
     setting is checked against the limits, and every setting that could still beat it is gone through, layer by layer;
-    `exact` is false when those are more than 2^18 at a time. `cost`, `limit` and `lower_bound` of the result are those
+    `exact` is false when those are more than 2^16 at a time. `cost`, `limit` and `lower_bound` of the result are those
     of the first budget. Raises InputError for budgets that cannot be met, naming the attainable interval of each.
     Source: HAWQ-V3, Yao et al., 2021, section 3.4.
     """
@@ -123,33 +124,44 @@ def _solved(problem: _Problem, slack: float) -> np.ndarray | None:
 
 
 def _best(problem: _Problem, known: np.ndarray | None) -> tuple[np.ndarray | None, bool]:
-    """The best setting, and whether that is proven, going through all that may beat a `known` one.
-
-    With prices mu of the budgets a choice costs r = Omega + mu cost - (the group's least of it) >= 0, and a setting
-    has Omega >= dual bound + sum of r: partial settings that exceed the known total are left out, and so are those
-    that cannot meet a limit any more. Of equal costs the least Omega is kept.
-    """
+    """The best setting, and whether that is proven. Budgets that do not bind are left out where that suffices."""
     if known is not None:
         problem = problem._replace(may=problem.may & (problem.values <= problem.total(known)))
     mu = _multipliers(problem)
+    binding = mu > 0
+    if binding.any() and not binding.all():
+        fewer = problem._replace(prices=problem.prices[binding], limits=problem.limits[binding])
+        choice, exact = _swept(fewer, mu[binding], known)
+        if exact and choice is not None and problem.holds(choice):
+            return choice, True
+    return _swept(problem, mu, known)
+
+
+def _swept(problem: _Problem, mu: np.ndarray, known: np.ndarray | None) -> tuple[np.ndarray | None, bool]:
+    """The best setting, going through all that may beat a `known` one, and whether none had to be left out.
+
+    With prices mu of the budgets a choice costs r = Omega + mu cost - (the group's least of it) >= 0, and a setting
+    has Omega >= dual bound + sum of r: partial settings that exceed the known total are left out, and so are those
+    that cannot meet a limit any more, and those that another one beats in Omega and all costs.
+    """
     reduced = np.where(problem.may, problem.values + np.tensordot(mu, problem.prices, 1), np.inf)
     least = reduced.min(1)
     room = np.inf if known is None else problem.total(known) - (least.sum() - mu @ problem.limits)
     room += 1e-12 * (least.sum() + mu @ problem.limits)
     ahead = np.where(problem.may, problem.prices, np.inf).min(2)
     ahead = ahead.sum(1, keepdims=True) - ahead.cumsum(1)  # the least that the later groups cost
+    limits = problem.limits[:, None] + 1e-9 * np.abs(problem.limits[:, None])  # of parts, whose sums are rounded
     omega, excess, cost, trail, exact = np.zeros(1), np.zeros(1), np.zeros((len(mu), 1)), [], True
     for group, may in enumerate(problem.may):
         options, count = np.flatnonzero(may), len(omega)
         omega = (omega + problem.values[group, options, None]).ravel()
         excess = (excess + (reduced[group, options, None] - least[group])).ravel()
         cost = (cost[:, None] + problem.prices[:, group, options, None]).reshape(len(mu), -1)
-        within = (cost + ahead[:, group, None] <= problem.limits[:, None] + 1e-9 * np.abs(problem.limits[:, None])).all(
-            0
-        )
+        within = (cost + ahead[:, group, None] <= limits).all(0)
         kept = np.flatnonzero(within & (excess <= room))
-        kept = kept[np.lexsort((omega[kept], *cost[:, kept]))]
-        kept = kept[np.append(True, (np.diff(cost[:, kept]) != 0).any(0))[: len(kept)]]
+        kept = kept[_undominated(omega[kept], cost[:, kept])]
+        if len(kept) > CELLS and known is not None:
+            return known, False
         if len(kept) > CELLS:
             exact, kept = False, kept[np.argpartition(excess[kept], CELLS)[:CELLS]]
         trail.append((options[kept // count], kept % count))
@@ -162,6 +174,31 @@ def _best(problem: _Problem, known: np.ndarray | None) -> tuple[np.ndarray | Non
         choice.append(options[state])
         state = parents[state]
     return np.array(choice[::-1]), exact
+
+
+def _undominated(omega: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Places of the settings without those that others beat: most of these for two budgets, equal costs for more.
+
+    In the order of Omega one is beaten when the staircase of earlier costs (first falls into a step, least second of
+    it) lies below. Those within a block are not compared with each other.
+    """
+    order = np.lexsort((*cost, omega))
+    if len(cost) > 2:
+        order = np.lexsort((omega, *cost))
+        return order[np.append(True, (np.diff(cost[:, order]) != 0).any(0))[: len(order)]]
+    first, second, kept, start, size = np.array([-np.inf]), np.array([np.inf]), [order[:0]], 0, 16
+    while start < len(order):
+        block = order[start : start + size]
+        one, two = cost[0, block], cost[-1, block]
+        free = second[np.searchsorted(first, one, "right") - 1] > two
+        kept.append(block[free])
+        first, second = np.append(first, one[free]), np.append(second, two[free])
+        steps = np.lexsort((second, first))
+        first, second = first[steps], np.minimum.accumulate(second[steps])
+        lower = np.append(True, np.diff(second) < 0)
+        first, second = first[lower], second[lower]
+        start, size = start + size, min(2 * size, 4096)
+    return np.concatenate(kept)
 
 
 def _multipliers(problem: _Problem) -> np.ndarray:

@@ -20,7 +20,8 @@ def largest_modulus(apply: Callable[[Tensor], Tensor], start: Tensor, *, toleran
     """The largest |lambda| of the map `apply` of real vectors (size,), begun at `start` (size,), not zero.
 
     Ends when the leading eigenvalue's residual is at most `tolerance` of its distance from the unit circle, when the
-    space is exhausted, or after 160 steps, when it may be a little too small. Raises InputError for images that are not finite.
+    space is exhausted, or after 160 steps, when it may be a little too small. Raises InputError for images that are
+    not finite.
 
     >>> values = torch.linspace(0, 0.9, 50, dtype=torch.float64)
     >>> round(largest_modulus(lambda x: values * x, torch.ones_like(values)), 9)

@@ -235,16 +235,16 @@ def own_data(folder: Path) -> None:
 def registered(user: User, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Versions of models that the documents speak of, in the user's registry."""
     folder = tmp_path_factory.mktemp("artifacts")
-    versions = {"spectrum": 3, "classify": 2, "graph-anomaly": 7, "molecule": 1}
-    models = {"spectrum": "farms", "classify": "hawq", "graph-anomaly": "rqgnn", "molecule": "diffspectra"}
+    versions = {"hallucination": 1, "spectrum": 3, "classify": 2, "graph-anomaly": 7, "molecule": 1}
+    models = ("send", "farms", "hawq", "rqgnn", "diffspectra")
     places = trial_artifacts(versions, folder)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PRISM_HOME", str(user.folder / "home" / ".prism"))
-        for endpoint, count in versions.items():
+        for model, (endpoint, count) in zip(models, versions.items(), strict=True):
             for number in range(1, count + 1):
-                version = register(other_version(places[endpoint], number, folder).path, models[endpoint])
+                version = register(other_version(places[endpoint], number, folder).path, model)
                 assert version == number
-                crown_first(models[endpoint], version)
+                crown_first(model, version)
 
 
 def other_version(place: str, number: int, folder: Path) -> Artifact:

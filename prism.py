@@ -1,12 +1,18 @@
 """The front door: the `prism` command. Each verb is a dataclass whose fields are its flags; the work is elsewhere."""
 
+import os
+import sys
+
+if (hook := sys.excepthook) is sys.__excepthook__:  # Ctrl-C in the imports below has no `main` to take it
+    sys.excepthook = lambda kind, *rest: (
+        os._exit(130) if issubclass(kind, KeyboardInterrupt) else sys.__excepthook__(kind, *rest)
+    )
+
 import atexit
 import contextlib
 import json
 import logging
-import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-try:
-    from tyro.conf import Positional
-except KeyboardInterrupt:  # before `main` can say so
-    sys.exit(130)
+from tyro.conf import Positional
 
 from cluster.ports import free_port
 from jobs import cluster_commands, commands, plan_command, registry_commands
@@ -339,6 +342,8 @@ def _keep_traceback() -> Path:
         traceback.print_exc()
     return file
 
+
+sys.excepthook = hook
 
 if __name__ == "__main__":
     entry()

@@ -15,7 +15,7 @@ COLOURS = {
     "SignNet": "#0072B2",
     "BasisNet": "#009E73",
     "eigenvectors": "#8a8a8a",
-    "PEG": "#8a8a8a",
+    "PEG-8": "#8a8a8a",
     "no encoding": "#222222",
     "SPE, phi = 1": "#E69F00",
     "SPE, mean": "#CC79A7",

@@ -79,8 +79,8 @@ RUN = {  # in the order in which a reader would type them
     "prism run hawq --model resnet50-published": "",
     "prism run qrc --table coupons-a.csv coupons-b.csv coupons-c.csv": "--seeds 0 --units 4 --washout 10",
     "prism tune hawq --samples 24": f"{re.sub('--', '--base.', HAWQ)} --samples 1",
-    "prism tune qrc --samples 8 --most-qubits 12": "--samples 1 --batch 4 --hours 600 --candidates 2 --refinements 2 "
-    "--fresh-seeds 1 --pool.qubits 3 3",
+    "prism tune qrc --samples 8 --most-qubits 12": "--samples 1 --batch 4 --hours 600 --rungs 200 400 --washout 50 "
+    "--candidates 2 --refinements 2 --fresh-seeds 1 --pool.qubits 3 3",
     "prism run diffspectra-sample --out DIR": "--limit 1 --samples 2 --steps 3",
     "prism registry promote rqgnn 7": "",
     "prism registry rollback rqgnn": "",

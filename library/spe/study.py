@@ -19,7 +19,7 @@ from library.weights import load_tensors
 ENCODERS = {"SPE": "spe", "SignNet": "signnet", "BasisNet": "basisnet", "eigenvectors": "peg"}
 ARMS: dict[str, dict[str, Any]] = {
     "no encoding": {"method": "none"},
-    "PEG": {"method": "peg"},
+    "PEG-8": {"method": "peg", "eigenpairs": 8},  # with all of them each |V_u - V_v| is sqrt(2)
     "SignNet": {"method": "signnet"},
     "SPE": {"method": "spe"},
     "SPE, phi = 1": {"method": "spe", "phi": "one"},
@@ -79,8 +79,8 @@ def bond_deletion(study: Study, seed: int) -> list[dict[str, Any]]:
 
 def counting(study: Study, seed: int, arm: str) -> dict[str, Any]:
     """A row: the normalised test error of one way to encode, for each length of cycles, and its weights."""
+    settings = {"eigenpairs": study.eigenpairs} | ARMS[arm]
     encoding = Encoding(
-        eigenpairs=study.eigenpairs,
         width=study.width,
         channels=8,
         phi_hidden=study.width,
@@ -88,7 +88,7 @@ def counting(study: Study, seed: int, arm: str) -> dict[str, Any]:
         rho_hidden=study.width,
         mlp_hidden=study.width,
         norm="batch",
-        **ARMS[arm],
+        **settings,
     )
     backbone = Backbone(layers=study.layers, hidden=study.width, norm="batch", pooling="add")
     recipe = CountingRecipe(

@@ -33,7 +33,7 @@ def noise(power: float) -> pd.DataFrame:
 
 
 def counts(spe: float) -> pd.DataFrame:
-    values = {"SPE": spe, "SignNet": 0.3, "no encoding": 0.5, "PEG": 0.4, "SPE, phi = 1": 0.1}
+    values = {"SPE": spe, "SignNet": 0.3, "no encoding": 0.5, "PEG-8": 0.4, "SPE, phi = 1": 0.1}
     rows = [
         {"seed": seed, "encoding": arm, "weights": 9, **{f"cycles{length}": values[arm] for length in (3, 4, 5, 6)}}
         for seed in (0, 1)

@@ -78,6 +78,8 @@ def answers_figure(right: Mapping[str, float]) -> "Figure":
 
 def closed_set_figure(answers: "pd.DataFrame") -> "Figure":
     """Shares of samples and molecules that are right, by the own and by another's spectra, a point per seed."""
+    from matplotlib.ticker import PercentFormatter
+
     drawn = blank(6.4, 3.2)
     axis = drawn.subplots()
     names = {"formula": "formula right,\nof samples", "constitution": "constitution right,\nof samples"}
@@ -89,7 +91,7 @@ def closed_set_figure(answers: "pd.DataFrame") -> "Figure":
             axis.bar(place + shift, own[name].mean(), width=0.28, color=colour, label=label)
             axis.plot([place + shift] * len(own), own[name], "o", ms=3.5, color="#222222")
     axis.set_xticks(range(len(names)), names.values())
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.legend(frameon=False)
     open_frame(axis)
     return drawn

@@ -1,10 +1,12 @@
 """The web console: a Serve application of its own that asks the endpoints beside it, and shows their answers."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveInt
 
 from library.errors import PrismError
 from serving.app import ENDPOINTS, Served, champion
@@ -24,7 +26,6 @@ ICON = (
     '<link rel="icon" href="data:image/svg+xml,'
     "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M8 2 15 14H1z' fill='%230072B2'/></svg>\">"
 )
-MOST_UPLOAD = "64mb"
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # nothing is asked of other hosts
 
 
@@ -37,6 +38,8 @@ class ConsoleArgs(BaseModel, frozen=True, extra="forbid"):
     """Endpoints that are deployed, with the artifact reference of each."""
     token_file: str | None = None
     """File that holds the endpoints' bearer token; None is the token in PRISM_TOKEN, and without one none is needed."""
+    most_upload_bytes: PositiveInt = 6_000_000
+    """Largest file that is taken; in base64 it must not pass the endpoints' `max_body_bytes`."""
 
 
 def build(args: ConsoleArgs) -> "Application":
@@ -62,12 +65,18 @@ class Console:
 
     def __init__(self, args: ConsoleArgs, digest: str | None):
         self.endpoints = Endpoints(args.url, args.endpoints, digest)
+        self.most_upload_bytes = args.most_upload_bytes
+        self.folder = TemporaryDirectory(prefix="prism-console-")
+        os.environ["GRADIO_TEMP_DIR"] = self.folder.name  # what is uploaded; read where Gradio is imported
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
-        return application(self.endpoints)
+        return application(self.endpoints, self.most_upload_bytes)
+
+    def __del__(self) -> None:
+        self.folder.cleanup()
 
 
-def application(endpoints: Endpoints) -> "FastAPI":
+def application(endpoints: Endpoints, most_upload_bytes: int) -> "FastAPI":
     """The ASGI application: the console at its root."""
     import gradio as gr
     from fastapi import FastAPI
@@ -84,7 +93,7 @@ def application(endpoints: Endpoints) -> "FastAPI":
         footer_links=[],
         run_history=False,
         show_error=False,
-        max_file_size=MOST_UPLOAD,
+        max_file_size=most_upload_bytes,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

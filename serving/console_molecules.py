@@ -35,6 +35,12 @@ MOLECULES = {
 }
 MOST_CURVES = 4  # kinds of atoms whose curve is shown: the most frequent ones
 WIDTH, HEIGHT = 380, 260  # of a drawing
+MOST_ATOMS, MOST_LETTERS, MOST_LINES = 200, 1000, 500  # RDKit holds up everybody's page while it reads and draws
+LONGEST_LINE = 80  # characters, in a MOL file
+TOO_LARGE = (
+    f"the molecule is too large to be shown here; at most {MOST_ATOMS} heavy atoms, {MOST_LETTERS} characters of "
+    f"SMILES or {MOST_LINES} lines of a file are taken"
+)
 
 
 def molecules_tab(endpoints: Endpoints) -> None:
@@ -70,15 +76,19 @@ def molecules_tab(endpoints: Endpoints) -> None:
 
 
 def smiles_of_file(path: Path) -> str:
-    """The first molecule of a MOL or SDF file. Raises InputError for a file that holds none."""
+    """The first molecule of a MOL or SDF file. Raises InputError for a file that holds none, or too large a one."""
     from rdkit import Chem, rdBase
 
     try:
-        block = path.read_text("utf-8").partition("$$$$")[0]
+        with path.open(encoding="utf-8") as stream:
+            block, end, _ = stream.read(LONGEST_LINE * MOST_LINES).partition("\nM  END")
+            whole = end or not stream.read(1)
     except UnicodeDecodeError as problem:
         raise InputError("the file is not a MOL or SDF file: it is not text") from problem
+    if not whole or block.count("\n") > MOST_LINES:
+        raise InputError(TOO_LARGE)
     with rdBase.BlockLogs():
-        found = Chem.MolFromMolBlock(block)
+        found = Chem.MolFromMolBlock(block + end)
     if found is None or not found.GetNumAtoms():
         raise InputError("the file is not a MOL or SDF file with a valid molecule")
     return Chem.MolToSmiles(Chem.RemoveHs(found))
@@ -107,7 +117,11 @@ def drawing(smiles: str, weights: Sequence[float] | None) -> str:
 
 
 def _looked(endpoints: Endpoints, smiles: str) -> str:
+    if len(smiles) > MOST_LETTERS:
+        raise InputError(TOO_LARGE)
     molecule = Molecule.from_smiles(smiles)
+    if len(molecule) > MOST_ATOMS:
+        raise InputError(TOO_LARGE)
     parts = []
     if endpoints.serves("graph-anomaly"):
         parts.append(section("Is it anomalous?", lambda: _anomaly(endpoints, smiles, molecule)))

@@ -197,18 +197,22 @@ def captioned(picture: str, caption: str) -> str:
 def number(value: float) -> str:
     """A number as a person reads it.
 
-    >>> number(0.12345), number(12345.6), number(3)
-    ('0.123', '12,346', '3')
+    >>> number(0.12345), number(999.7), number(12345.6), number(3)
+    ('0.123', '1,000', '12,346', '3')
     """
-    if value == int(value) or abs(value) >= 1000:
+    if value == int(value) or abs(value) >= 999.5:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def share(value: float) -> str:
-    """A probability in per cent.
+    """A probability in per cent; none is rounded to certainty.
 
-    >>> share(0.734).split(), share(0.0004).split()
-    (['73', '%'], ['0.04', '%'])
+    >>> share(0.734).split(), share(0.0004).split(), share(0.9996).split()
+    (['73', '%'], ['0.04', '%'], ['>', '99', '%'])
     """
-    return f"{100 * value:.2g}\u00a0%" if value < 0.995 else f"{100 * value:.0f}\u00a0%"
+    if 0.995 <= value < 1:
+        return ">\u00a099\u00a0%"
+    if 0 < value < 0.0001:
+        return "<\u00a00.01\u00a0%"
+    return f"{100 * value:.2g}\u00a0%" if value < 1 else "100\u00a0%"

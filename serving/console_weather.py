@@ -12,6 +12,7 @@ from serving.corrosion_bodies import UNITS
 AIRPORTS = {"Newark": "EWR", "LaGuardia": "LGA", "Kennedy": "JFK"}
 SEEN = 336  # hours of weather that the endpoint sees: reservoirs forget their start within them
 SHOWN = 96  # of them in figures
+FIRST_DAY, LAST_DAY = 16, 355  # that have SEEN hours before them, from 06:00 on 1 January, and enough after them
 LEVEL = 0.8
 
 
@@ -30,7 +31,7 @@ def weather_tab(endpoints: Endpoints) -> None:
         with gr.Column(scale=1, min_width=280):
             place = gr.Radio(list(AIRPORTS), value="Kennedy", label="Airport", elem_id="airport")
         with gr.Column(scale=1, min_width=280):
-            day = gr.Slider(5, 355, 128, step=1, label="Day of the year", elem_id="day")
+            day = gr.Slider(FIRST_DAY, LAST_DAY, 128, step=1, label="Day of the year", elem_id="day")
         with gr.Column(scale=1, min_width=280):
             horizon = gr.Slider(6, 96, 48, step=6, label="Hours to forecast", elem_id="horizon")
     button = gr.Button("Forecast", variant="primary", elem_id="ask-corrosion")
@@ -79,7 +80,8 @@ def _forecast(answer: dict[str, Any], body: dict[str, Any], times: list[datetime
         (
             curve["name"],
             f"{number(curve['mean'][-1])} {curve['unit']}",
-            f"{number(curve['lower'][-1])} to {number(curve['upper'][-1])}",
+            f"{number(curve['lower'][-1])} to {number(curve['upper'][-1])}"
+            + (f", since {times[0]:%d %B}" if curve["name"] == "loss" else ""),
         )
         for curve in ahead
     ]

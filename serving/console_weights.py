@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from library.errors import InputError
+from serving.arrays import npy
 from serving.console_calls import Endpoints
 from serving.console_figures import tail_figure
 from serving.console_page import answering, drawn, figures, introduction, number, tiles, waiting
@@ -69,13 +70,10 @@ def example(source: str) -> np.ndarray:
 
 def read_matrix(path: Path) -> bytes:
     """The content of a NumPy file of one matrix; the file's own objects are never made. Raises InputError otherwise."""
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as problem:
-        raise InputError(f"{path.name} is not a NumPy file of numbers") from problem
-    if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
+    found = npy(path.read_bytes(), path.name)
+    if found.ndim != 2 or found.dtype.kind not in "fiu":
         raise InputError(f"{path.name}: one matrix of numbers is needed")
-    return _npy(found if found.dtype.kind == "f" and found.itemsize <= 8 else found.astype(np.float64))
+    return _npy(found if found.dtype.kind == "f" else found.astype(np.float64))
 
 
 def _given(source: str, path: str | None, name: str) -> dict[str, str]:

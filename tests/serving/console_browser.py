@@ -2,7 +2,7 @@
 
 As a command it takes the screenshots of docs/console from a console that runs:
 
-    python -m tests.serving.console_browser http://127.0.0.1:8000/console docs/console
+    python -m tests.serving.console_browser http://127.0.0.1:8000 docs/console
 """
 
 import io

@@ -212,7 +212,7 @@ def test_a_matrix_comes_from_a_file_that_holds_no_objects(page, tmp_path):
     page.upload("npy", tmp_path / "objects.npy")
     page.until(lambda: "objects" in page.text("npy"), "the name of the file")
     page.press("ask-spectrum")
-    assert error(page.answer("spectrum")) == "objects.npy is not a NumPy file of numbers"
+    assert error(page.answer("spectrum")) == "objects.npy: an array of numbers is needed, this is one of |O"
 
 
 def test_a_layer_of_the_model_is_measured_by_its_name(page, champions):

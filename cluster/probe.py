@@ -1,13 +1,15 @@
 """Is the service there? Short, bounded checks before a client that would retry for minutes."""
 
+import re
 import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
-from library.errors import PrismError
+from library.errors import InputError, PrismError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_SECONDS = 4.0
@@ -42,15 +44,32 @@ def ray_client(address: str) -> None:
 
 
 def web_service(url: str, *, what: str) -> None:
-    """Raise PrismError within 10 seconds unless something that speaks HTTP answers at `url`."""
-    parts = urlsplit(url)
-    _reach(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), what=what, where=url)
+    """Raise PrismError within 10 seconds unless something that speaks HTTP answers at `url`; InputError for no URL."""
+    where = shown(url)
     try:
-        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        host = None
+    if not host:
+        raise InputError(f"{where} is no address of a {what}: allowed is http://HOST:PORT, https as well") from None
+    _reach(host, port, what=what, where=where)
+    asked = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    try:
+        urllib.request.urlopen(f"{asked.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
         return  # it answered: whether it lets this user in is for the request itself to find out
-    except (OSError, ValueError) as error:
-        raise PrismError(f"no {what} answers at {url}: the port is open but does not speak HTTP") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise PrismError(f"no {what} answers at {where}: the port is open but does not speak HTTP") from error
+
+
+def shown(text: str) -> str:
+    """A URL, or a text with URLs, without the users' names and passwords: what may be printed and kept.
+
+    >>> shown("http://admin:secret@registry:5000 failed")
+    'http://registry:5000 failed'
+    """
+    return re.sub(r"(?<=://)\S*@", "", text)
 
 
 def on_this_machine(url: str) -> bool:

@@ -75,7 +75,8 @@ def session(uri: str, *, create: bool = False, exclusive: bool = True) -> Iterat
     except Timeout as error:
         raise PrismError(f"another process has used the model registry at {file} for {LOCK_SECONDS} seconds") from error
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise PrismError(f"the model registry at {file or uri} failed: {str(error).splitlines()[0]}") from error
+        first = str(error).splitlines()[0]
+        raise PrismError(f"the model registry at {file or probe.shown(uri)} failed: {probe.shown(first)}") from error
 
 
 def _create(file: Path) -> None:

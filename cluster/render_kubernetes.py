@@ -8,6 +8,7 @@ Endpoints listen on their machine's loopback, as `serving/prism.yaml` has it; a 
 TLS and is what the service reaches. So the RayService takes that file as it is, and no token travels in the clear.
 """
 
+import shlex
 from typing import Any
 
 from cluster.description import ClusterDescription, Machines, SecretKey
@@ -76,7 +77,7 @@ def ray_job(cluster: ClusterDescription) -> Manifest:
     return {
         **_head_of(cluster, "ray.io/v1", "RayJob", f"{cluster.name}-job"),
         "spec": {
-            "entrypoint": " ".join(cluster.kubernetes.job),
+            "entrypoint": shlex.join(cluster.kubernetes.job),
             "submissionMode": "K8sJobMode",
             "submitterPodTemplate": {"spec": {**_pod(cluster), "restartPolicy": "Never", "containers": [submitter]}},
             "activeDeadlineSeconds": cluster.kubernetes.job_hours * 3600,
@@ -89,8 +90,11 @@ def ray_job(cluster: ClusterDescription) -> Manifest:
 
 
 def ray_service(cluster: ClusterDescription, serve_text: str, serve: Manifest) -> Manifest:
-    """The endpoints of `serving/prism.yaml`, given as text and read; a changed cluster replaces the old when ready."""
-    port = {"name": "serve", "port": 443, "targetPort": GATE_PORT, "protocol": "TCP"}
+    """The endpoints of `serving/prism.yaml`, given as text and read; a changed cluster replaces the old when ready.
+
+    The operator gives the service one port, which is that named `serve` of the head's container: the gate's, then.
+    The head itself is left out of the service, and of a worker's container that port is where its proxy is asked.
+    """
     return {
         **_head_of(cluster, "ray.io/v1", "RayService", f"{cluster.name}-service"),
         "spec": {
@@ -99,7 +103,7 @@ def ray_service(cluster: ClusterDescription, serve_text: str, serve: Manifest) -
             "excludeHeadPodFromServeSvc": True,
             "serveService": {
                 "metadata": {"name": f"{cluster.name}-endpoints"},
-                "spec": {"type": "ClusterIP", "ports": [port]},
+                "spec": {"type": "ClusterIP"},
             },
             "serveConfigV2": serve_text,
             "rayClusterConfig": _cluster_spec(cluster, "service", serve["http_options"]["port"]),
@@ -134,8 +138,7 @@ def _cluster_spec(cluster: ClusterDescription, workload: str, serve_port: int | 
         cpu=str(max(1, int(cluster.head.cpus * share))),
         memory=f"{max(1, int(cluster.head.memory_gib * share))}Gi",
     )
-    ports = HEAD_PORTS | ({} if serve_port is None else {"serve": serve_port})  # KubeRay asks there whether all is well
-    head["ports"] = [{"containerPort": port, "name": name} for name, port in ports.items()]
+    head["ports"] = _ports(HEAD_PORTS if serve_port is None else HEAD_PORTS | {"serve": GATE_PORT})
     return {
         "rayVersion": cluster.ray,
         "authOptions": {"mode": "token"},  # the dashboard runs code for whoever holds the token, and nobody else
@@ -161,13 +164,16 @@ def _cluster_spec(cluster: ClusterDescription, workload: str, serve_port: int | 
             },
         },
         "workerGroupSpecs": [
-            _worker_group(cluster, group, workload, first=group is cluster.groups[0]) for group in cluster.groups
+            _worker_group(cluster, group, workload, serve_port, first=group is cluster.groups[0])
+            for group in cluster.groups
         ],
     }
 
 
-def _worker_group(cluster: ClusterDescription, group: Machines, workload: str, *, first: bool) -> Manifest:
-    serves = workload == "service"
+def _worker_group(
+    cluster: ClusterDescription, group: Machines, workload: str, serve_port: int | None, *, first: bool
+) -> Manifest:
+    serves = serve_port is not None
     share = 1 - cluster.kubernetes.reserved
     least = max(group.least, cluster.kubernetes.serving_least if serves and first else 0)
     worker = _container(
@@ -179,6 +185,8 @@ def _worker_group(cluster: ClusterDescription, group: Machines, workload: str, *
         gpus=group.gpus,
         secrets={"PRISM_TOKEN": cluster.secrets.token} if serves else {},
     )
+    if serve_port is not None:
+        worker["ports"] = _ports({"serve": serve_port})
     metadata: Manifest = {"labels": _labels(cluster, workload, "worker")}
     if not serves:  # a node that looks idle to Kubernetes may hold a training
         metadata["annotations"] = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
@@ -248,7 +256,7 @@ def _gate(cluster: ClusterDescription) -> Manifest:
         "image": cluster.kubernetes.gate_image,
         "imagePullPolicy": "IfNotPresent",
         "resources": _resources("250m", "256Mi"),
-        "ports": [{"containerPort": GATE_PORT, "name": "https"}],
+        "ports": _ports({"https": GATE_PORT}),
         "readinessProbe": {"tcpSocket": {"port": GATE_PORT}, "periodSeconds": 5},
         "securityContext": _unprivileged() | {"readOnlyRootFilesystem": True},
         "volumeMounts": [
@@ -269,6 +277,10 @@ def _gate_volumes(cluster: ClusterDescription) -> list[Manifest]:
         {"name": "gate", "configMap": {"name": f"{cluster.name}-gate"}},
         {"name": "tls", "secret": {"secretName": cluster.secrets.tls, "defaultMode": 0o440, "items": items}},
     ]
+
+
+def _ports(named: dict[str, int]) -> list[Manifest]:
+    return [{"containerPort": port, "name": name} for name, port in named.items()]
 
 
 def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:

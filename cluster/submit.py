@@ -181,7 +181,7 @@ def _client(address: str) -> "JobSubmissionClient":
             return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except AuthenticationError as error:
         raise PrismError(
-            f"the {DASHBOARD} at {address} wants {'another token' if token else 'a token'}: "
+            f"the {DASHBOARD} at {probe.shown(address)} wants {'another token' if token else 'a token'}: "
             "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what ~/.ray/auth_token holds on the cluster's head"
         ) from error
 
@@ -217,4 +217,5 @@ def _clear_errors(what: str) -> Iterator[None]:
         if isinstance(error, PrismError):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise PrismError(f"{what}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}") from error
+        reason = lines[-1] if "Traceback" in lines[0] else lines[0]
+        raise PrismError(probe.shown(f"{what}: {reason}")) from error

@@ -155,11 +155,11 @@ def _engine(
     refusal = _refusal(job, {"engine": engine})
     cuttable = _refusal(job, {"micro_batch": 1}) is None
     for size in _sizes(share, job.micro_batch) if cuttable else [share]:
-        held = plan_memory.memory(job, found, engine, workers, size)
+        passes = math.ceil(share / size)
+        held = plan_memory.memory(job, found, engine, workers, size, passes)
         peak = held.device(gpu=job.scaling.gpu)
         if peak <= USABLE * device.memory:
             break
-    passes = math.ceil(share / size)
     sent = plan_memory.sent(job, found, engine, workers, passes)
     operations = passes * found.flops.fixed + share * found.flops.each
     return EnginePlan(

@@ -5,19 +5,24 @@ With P learning weights, F frozen ones, N workers, k moments per weight, and b b
 
 engine  weights               gradients  optimiser      buffers
 ddp     4 (P + F)             4 P        4 k P
-fsdp    4 (P + F) / N         4 P / N    4 k P / N      b (outside blocks + 2 blocks) gathered, 4 (1 block) reduced
+fsdp    4 (P + F) / N         4 P / N *  4 k P / N      b (outside blocks + 2 blocks) gathered, 4 (1 block) reduced
 zero1   b (P + F) + 4 P / N   b P        4 k P / N      two buckets
 zero2   b (P + F) + 4 P / N   b P / N    4 k P / N      two buckets
 zero3   b (P + F) / N + 4 P/N b P / N    4 k P / N      one bucket, at most LIVE weights gathered
 
+* 4 P where a step has several micro-batches: until the last one reduces them, fsdp's gradients are whole and in fp32.
+
 A ring sends (N - 1) / N of a tensor to gather or to reduce it and twice that to all-reduce it; S is the number of
-micro-batches per step:
+micro-batches per step, and O the weights outside blocks:
 
 ddp     2 * 4 P               once per step
-fsdp    S * 2 b P + 4 P       blocks are gathered for forward and backward, reduced in fp32 at the last micro-batch
-zero1   2 b P                 reduced once, gathered after the step
-zero2   S b P + b P           reduced at every micro-batch
+fsdp    S b (2 P - O) + 4 P   blocks are gathered for forward and backward, the rest once; reduced in fp32 at the last
+zero1   2 b P + b P           all-reduced once, gathered after the step
+zero2   S * 2 b P + b P       all-reduced at every micro-batch, gathered after the step
 zero3   3 S b P               gathered twice and reduced at every micro-batch
+
+ZeRO-1 and ZeRO-2 all-reduce gradients of which a worker keeps its part: DeepSpeed's default, for few and large messages
+(`use_multi_rank_bucket_allreduce`).
 """
 
 from dataclasses import dataclass
@@ -49,8 +54,10 @@ class Memory:
         return held if gpu else held + self.snapshot
 
 
-def memory(job: TrainingJob, found: Measured, engine: EngineName, workers: int, micro_batch: int) -> Memory:
-    """What a worker holds with this engine when `micro_batch` samples go through it at once."""
+def memory(
+    job: TrainingJob, found: Measured, engine: EngineName, workers: int, micro_batch: int, passes: int
+) -> Memory:
+    """What a worker holds with this engine when `micro_batch` samples go through it at once, `passes` times a step."""
     narrow = 2 if job.precision == "bf16" else FP32
     learning = found.learning
     gpu = job.scaling.gpu
@@ -67,7 +74,7 @@ def memory(job: TrainingJob, found: Measured, engine: EngineName, workers: int, 
         weights, gradients, buffers = {
             "fsdp": (
                 FP32 * found.parameters / workers,
-                FP32 * learning / workers,
+                FP32 * learning / (workers if passes == 1 else 1),
                 narrow * (found.outside + 2 * found.largest) + FP32 * found.largest,
             ),
             "zero1": (narrow * found.parameters + masters, narrow * learning, buckets),
@@ -99,9 +106,9 @@ def sent(job: TrainingJob, found: Measured, engine: EngineName, workers: int, pa
     weights = found.learning
     whole = {
         "ddp": 2 * FP32 * weights,
-        "fsdp": passes * 2 * narrow * found.parameters + FP32 * weights,
-        "zero1": 2 * narrow * weights,
-        "zero2": (passes + 1) * narrow * weights,
+        "fsdp": passes * narrow * (2 * found.parameters - found.outside) + FP32 * weights,
+        "zero1": 3 * narrow * weights,
+        "zero2": (2 * passes + 1) * narrow * weights,
         "zero3": passes * (2 * narrow * found.parameters + narrow * weights),
     }[engine]
     return whole * (workers - 1) / workers

@@ -20,7 +20,8 @@ class RegistryList(Output):
         table = rows("model", "versions", "newest", "aliases")
         for name, versions in models.items():
             aliases = [f"@{alias} {version.version}" for version in versions for alias in version.aliases]
-            table.add_row(name, str(len(versions)), str(versions[0].version), ", ".join(aliases))
+            newest = str(versions[0].version) if versions else "none"
+            table.add_row(name, str(len(versions)), newest, ", ".join(aliases))
         self.console().print(
             table if models else "nothing is registered; `prism run send` trains and registers a model"
         )
@@ -39,7 +40,8 @@ class RegistryShow(Output):
         from cluster import registry
 
         versions = registry.list_versions(self.name)
-        table = rows("version", "aliases", "artifact", "created", "metrics", title=f"{self.name} ({versions[0].kind})")
+        title = f"{self.name} ({versions[0].kind if versions else 'no versions'})"
+        table = rows("version", "aliases", "artifact", "created", "metrics", title=title)
         for version in versions:
             metrics = ", ".join(f"{name} {value:.5g}" for name, value in version.metrics.items())
             created = f"{datetime.fromtimestamp(version.created):%Y-%m-%d %H:%M}"

@@ -1,5 +1,6 @@
 """Artifacts and broken services that the tests of this floor share."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -55,6 +56,24 @@ def web_port() -> Iterator[int]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address[1]
         server.shutdown()
+
+
+@pytest.fixture
+def ssh_port() -> Iterator[int]:
+    """A port where another protocol greets whoever comes, as SSH does, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    with server.accept()[0] as caller:
+                        caller.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                        caller.shutdown(socket.SHUT_WR)
+                        caller.recv(4096)
+
+        threading.Thread(target=greet, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture

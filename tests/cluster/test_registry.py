@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+import prism
 from cluster import probe, registry
 from cluster.connection import ROOT
 from cluster.ports import free_port
@@ -178,6 +181,54 @@ def test_a_server_that_is_no_registry_is_one_line(web_port, make_artifact, monke
     with pytest.raises(PrismError, match=r"the model registry at http://127.0.0.1:\d+ failed: .*404") as caught:
         registry.register(make_artifact().path, "pythia")
     assert "\n" not in str(caught.value)
+
+
+def test_a_password_in_the_address_lets_in_and_is_never_shown(
+    server: str, web_port: int, closed_port: int, ssh_port: int, make_artifact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def secret(address: str) -> str:
+        return address.replace("://", "://admin:s3cret@")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret(server))
+    registry.finish_run(registry.start_run("send", {"seed": 1}))
+    local = "http://127.0.0.1"
+    for address in (f"{local}:{web_port}", f"{local}:{closed_port}", f"{local}:{ssh_port}", local, f"{local}:abc"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", secret(address))
+        with pytest.raises(PrismError, match=re.escape(f"{address} ") + f"|{re.escape(address)}:") as caught:
+            registry.register(make_artifact().path, "pythia")
+        assert not re.search(r"admin|s3cret|\n", str(caught.value)), address
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:abc", "http://:80", "http://admin:s3/cret@host", "https://[::1"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="is no address of a model registry: allowed is http://HOST:PORT") as refused:
+        probe.web_service(address, what="model registry")
+    assert "s3" not in str(refused.value)
+
+
+def test_a_service_that_speaks_another_protocol_is_one_line(ssh_port: int) -> None:
+    with pytest.raises(PrismError, match="the port is open but does not speak HTTP") as caught:
+        probe.web_service(f"http://127.0.0.1:{ssh_port}", what="model registry")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_versions_is_listed_and_shown(
+    make_artifact: Any, ready_registry: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a process leaves that is killed between the model and its first version."""
+    from mlflow import MlflowClient
+
+    registry.register(make_artifact().path, "pythia")
+    MlflowClient(registry_uri=registry.location()).create_registered_model("empty")
+    assert prism.main(["registry", "list", "--json"]) == 0
+    said = capfd.readouterr()
+    listed = json.loads(said.out)
+    assert (listed["empty"], len(listed["pythia"])) == ([], 1)
+    assert re.search(r"empty +0 +none", said.err)
+    assert prism.main(["registry", "show", "empty", "--json"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out) == []
+    assert "empty (no versions)" in said.err
 
 
 def test_a_run_of_an_embedded_registry_is_not_made_up_elsewhere(tmp_path):

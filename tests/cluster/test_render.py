@@ -1,7 +1,9 @@
 """The committed files of the cluster: up to date, valid for Ray's launcher, and of the structure that KubeRay takes."""
 
 import datetime
+import json
 import re
+import shlex
 import ssl
 import subprocess
 import time
@@ -303,10 +305,35 @@ def test_the_service_takes_serve_configuration_as_it_is() -> None:
     text = (ROOT / "serving" / "prism.yaml").read_text()
     assert manifest.spec.serve_config_v2 == text
     http = yaml.safe_load(text)["http_options"]
-    head = manifest.spec.ray_cluster_config.head_group_spec.template.spec.containers[0]
-    assert {port.name: port.container_port for port in head.ports}["serve"] == http["port"]
+    for group in manifest.spec.ray_cluster_config.worker_group_specs:
+        [proxy] = group.template.spec.containers[0].ports  # where the operator asks a worker whether it serves
+        assert (proxy.name, proxy.container_port) == ("serve", http["port"])
     least = manifest.spec.ray_cluster_config.worker_group_specs[0].min_replicas
     assert least == DESCRIPTION.kubernetes.serving_least > 1  # so that one can be evicted
+
+
+def test_the_service_reaches_the_gate_and_never_the_proxy_behind_it() -> None:
+    """KubeRay's rule: the head container's port `serve` is the service's, unless (since 1.6) `serveService` has one."""
+    spec = RayService.model_validate(committed("kubernetes/rayservice.yaml")).spec
+    assert spec.exclude_head_pod_from_serve_svc  # it has no gate
+    assert spec.serve_service["spec"] == {"type": "ClusterIP"}
+    head = spec.ray_cluster_config.head_group_spec.template.spec.containers[0]
+    [port] = [port.container_port for port in head.ports if port.name.startswith("serve")]
+    for group in spec.ray_cluster_config.worker_group_specs:
+        _, gate = group.template.spec.containers
+        assert (gate.name, [opened.container_port for opened in gate.ports]) == ("gate", [port])
+        assert gate.readiness_probe == {"tcpSocket": {"port": port}, "periodSeconds": 5}
+    gate_file = list(yaml.safe_load_all((render.FOLDER / "kubernetes" / "shared.yaml").read_text()))[2]
+    assert f"bind :{port} ssl" in gate_file["data"]["haproxy.cfg"]
+
+
+def test_the_jobs_command_line_keeps_its_arguments(tmp_path: Path) -> None:
+    """A shell on the head takes the entrypoint apart again."""
+    command = ["prism", "run", "send", "--name", "a b; c", "--corpus", "$HOME/it's.txt"]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"kubernetes": {"job": command}}))
+    text = render.rendered(read_description(file))["kubernetes/rayjob.yaml"]
+    assert shlex.split(yaml.safe_load(text)["spec"]["entrypoint"]) == command
 
 
 def test_what_is_shared_keeps_pods_and_names_what_the_manifests_use() -> None:

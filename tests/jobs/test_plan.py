@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import prism
 from jobs import engines, plan_memory
@@ -27,6 +31,7 @@ from library.language import pythia
 from library.recipe import make_batch, seeded_model
 from library.rqgnn.recipe import RqgnnRecipe
 from library.send.recipe import SendRecipe
+from tests.jobs.toy import ToyRecipe, run_workers
 
 TINY = SendRecipe(lm="pythia-tiny", corpus="truthfulqa", tokenizer="bytes", context=64, batch_size=8, prompts=0)
 GIB = 2**30
@@ -137,7 +142,7 @@ def test_the_memory_of_a_training_is_what_a_process_takes() -> None:
         check=True,
     )
     planned = SendJob(recipe=recipe)
-    held = plan_memory.memory(planned, measure(planned), "ddp", 1, recipe.batch_size)
+    held = plan_memory.memory(planned, measure(planned), "ddp", 1, recipe.batch_size, 1)
     assert held.device(gpu=True) == pytest.approx(json.loads(done.stdout.splitlines()[-1]), rel=0.15)
 
 
@@ -161,7 +166,7 @@ def test_an_engine_holds_what_is_planned(
             gradients = alive() - before
         wrapped.step()
     gc.collect()
-    held = plan_memory.memory(planned, found, engine, 1, 2)
+    held = plan_memory.memory(planned, found, engine, 1, 2, 1)
     kept = alive() - before
     state = held.weights + held.optimizer
     assert 0.95 * state <= kept <= 1.05 * (state + held.gradients + held.buffers)
@@ -182,12 +187,13 @@ def alive() -> int:
 
 def test_sharding_divides_what_it_shards() -> None:
     found, asked = measured(), job()
-    one = {engine: plan_memory.memory(asked, found, engine, 1, 1) for engine in plan_memory.ENGINES}
-    many = {engine: plan_memory.memory(asked, found, engine, 8, 1) for engine in plan_memory.ENGINES}
+    one = {engine: plan_memory.memory(asked, found, engine, 1, 1, 1) for engine in plan_memory.ENGINES}
+    many = {engine: plan_memory.memory(asked, found, engine, 8, 1, 1) for engine in plan_memory.ENGINES}
     weights = 4e6
     assert one["ddp"] == many["ddp"].__class__(**(vars(many["ddp"]) | {"snapshot": one["ddp"].snapshot}))
     assert one["ddp"].weights == one["ddp"].gradients == one["ddp"].optimizer / 2 == weights
     assert many["fsdp"].weights == many["fsdp"].gradients == many["fsdp"].optimizer / 2 == weights / 8
+    assert plan_memory.memory(asked, found, "fsdp", 8, 1, 2).gradients == weights  # whole until the last micro-batch
     assert many["zero1"].gradients == weights
     assert many["zero2"].gradients == weights / 8
     assert many["zero1"].weights == many["zero2"].weights == weights * (1 + 1 / 8)
@@ -201,8 +207,83 @@ def test_a_ring_sends_nothing_alone_and_twice_the_gradients_among_many() -> None
     for engine in plan_memory.ENGINES:
         assert plan_memory.sent(job(), found, engine, 1, 4) == 0
     assert plan_memory.sent(job(), found, "ddp", 4, 4) == 2 * 4e6 * 3 / 4
-    assert plan_memory.sent(job(precision="bf16"), found, "zero1", 4, 4) == 2 * 2e6 * 3 / 4
+    assert plan_memory.sent(job(precision="bf16"), found, "zero1", 4, 4) == 3 * 2e6 * 3 / 4
     assert plan_memory.sent(job(), found, "zero3", 4, 2) == 2 * plan_memory.sent(job(), found, "zero3", 4, 1)
+
+
+class Squares(nn.Module):
+    """Eight equal matrices, six of which are repeated blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, *layers, self.out = (nn.Linear(256, 256, bias=False) for _ in range(8))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.inp, *self.layers, self.out):
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+class SquaresRecipe(ToyRecipe, frozen=True):
+    def model(self) -> nn.Module:
+        return Squares()
+
+
+SQUARE = 256 * 256
+SQUARES = measured(parameters=8 * SQUARE, learning=8 * SQUARE, largest=SQUARE, outside=2 * SQUARE)
+TRIED = [  # the one whose memory is looked at comes first
+    ("fsdp", "bf16", 3),
+    ("fsdp", "fp32", 1),
+    ("ddp", "fp32", 3),
+    ("zero1", "bf16", 3),
+    ("zero2", "fp32", 1),
+    ("zero2", "bf16", 3),
+]
+TIMES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that a ring of two sends for torch.distributed's collectives: half a tensor, once or twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "c10d":
+            whole = max(tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
+            self.bytes += TIMES[op.overloadpacket.__name__] * whole / 2
+        return op(*args, **(kwargs or {}))
+
+
+def costs() -> list[tuple[float, int]]:
+    """What this worker sends in a step, and the bytes that are new before its last backward, for each of TRIED."""
+    found = []
+    for engine, precision, passes in TRIED:
+        recipe = SquaresRecipe()
+        wrapped = engines.prepare(engine, recipe, seeded_model(recipe), device=torch.device("cpu"), precision=precision)
+        gc.collect()
+        before = alive()
+        with Sent() as sent:
+            for i in range(passes):
+                wrapped.begin(last=i == passes - 1)
+                loss = wrapped.model(torch.ones(1, 256)).square().mean()
+                held = alive() - before
+                wrapped.backward(loss)
+            wrapped.step()
+        found.append((sent.bytes, held))
+    return found
+
+
+def test_two_workers_send_and_keep_what_is_planned() -> None:
+    """Collectives as torch runs them, and FSDP's gradients that wait for the last micro-batch of a step."""
+    found = run_workers(2, costs)
+    for (engine, precision, passes), (sent, _) in zip(TRIED, found, strict=True):
+        planned = plan_memory.sent(job(2, precision=precision), SQUARES, engine, 2, passes)
+        assert sent == pytest.approx(planned, rel=0.01), (engine, precision, passes)
+    gradients = plan_memory.memory(job(2, precision="bf16"), SQUARES, "fsdp", 2, 1, 3).gradients
+    assert found[0][1] == pytest.approx(gradients, rel=0.2)  # beside the activations of one sample
 
 
 def small(gib: float, **changes: float) -> Device:
@@ -218,8 +299,10 @@ def test_the_largest_micro_batch_that_fits_is_taken_and_the_simplest_engine() ->
     assert (made.best.engine, made.best.micro_batch, made.best.passes) == ("ddp", 2, 2)
     assert made.best.computing == pytest.approx(4 * 1e9 / (0.4 * 1e12))
     assert made.hours == pytest.approx(TINY.steps * made.best.seconds / 3600)
+    for one in made.engines:
+        assert one.memory == plan_memory.memory(made.job, made.found, one.engine, 2, one.micro_batch, one.passes)
     slow = plan(job(2, precision="bf16"), small(4, inside=1e6), found=measured())  # room for DeepSpeed's buckets
-    assert slow.best.engine == "zero1"  # half the bytes of ddp's gradients
+    assert slow.best.engine == "zero1"  # three quarters of the bytes of ddp
     assert slow.best.seconds == slow.best.sending > slow.best.computing
 
 

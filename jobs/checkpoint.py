@@ -18,8 +18,6 @@ Writes run in a background thread from a copy of the state; a folder without an 
 import contextlib
 import json
 import math
-import os
-import re
 import shutil
 import tempfile
 import threading
@@ -32,11 +30,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster import storage
 from library import collective, files
+from library.artifact import save_tensors
 from library.errors import ArtifactError, InputError, PrismError
 
 INDEX = "index.json"
@@ -309,6 +307,9 @@ class CheckpointWriter:
             tensors=tensors,
         )
         storage.write_bytes(storage.join(place, INDEX), index.model_dump_json().encode())
+        if storage.is_local(place):
+            files.flush(storage.local_path(place))
+            files.flush(storage.local_path(self.root))
         self._prune()
 
     def _prune(self) -> None:
@@ -323,7 +324,7 @@ class CheckpointWriter:
 def best_checkpoint(root: str | Path, metric: str, mode: str) -> str | None:
     """The complete checkpoint with the best evaluation under `root`; None when none was evaluated."""
     scored = [(_metrics(place).get(metric, math.nan), place) for place in complete(root)]
-    scored = [(value, place) for value, place in scored if not math.isnan(value)]
+    scored = [(value, place) for value, place in scored if math.isfinite(value)]
     if not scored:
         return None
     return (min if mode == "min" else max)(scored)[1]
@@ -360,22 +361,15 @@ def _store(tensors: dict[str, Tensor], target: str) -> tuple[int, str]:
     with files.storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            try:
-                save_file(tensors, temporary)
-            except SafetensorError as error:
-                raise _system_error(error) from error
+            save_tensors(tensors, temporary)
             size, digest = temporary.stat().st_size, files.sha256(temporary)
             if storage.is_local(target):
+                files.flush(temporary)
                 temporary.replace(storage.local_path(target))
+                files.flush(folder)
             else:
                 with storage.open_output(target) as out, temporary.open("rb") as stream:
                     shutil.copyfileobj(stream, out, 8 << 20)
         finally:
             temporary.unlink(missing_ok=True)
     return size, digest
-
-
-def _system_error(error: SafetensorError) -> Exception:
-    """The operating system's error inside a SafetensorError, such as a full disk."""
-    found = re.search(r"os error (\d+)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else PrismError(str(error))

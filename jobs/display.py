@@ -57,7 +57,7 @@ class Display:
     def note(self, text: str) -> None:
         """Print one line above the progress."""
         console = self._progress.console if self._live else self._console
-        console.print(f"{self._name}: {text}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"{self._name}: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def show(self, event: dict[str, Any]) -> None:
         """Show a step's event, or a note."""

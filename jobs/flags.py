@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
@@ -94,15 +93,16 @@ def load_record(place: str) -> dict[str, Any]:
     Raises InputError for a place that is not there or holds no JSON object.
     """
     try:
-        content = Path(place).read_bytes() if storage.is_local(place) else storage.read_bytes(place)
+        content = storage.local_path(place).read_bytes() if storage.is_local(place) else storage.read_bytes(place)
         record = json.loads(content)
     except OSError as error:
         raise InputError(f"{place} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{place} is not JSON: {error}") from error
+    record = record.get("config", record) if isinstance(record, dict) else record
     if not isinstance(record, dict):
         raise InputError(f"{place} holds no JSON object; a job's record is one, such as job.json in a run's folder")
-    return record.get("config", record)
+    return record
 
 
 def from_record(job: "type[Job]", record: Mapping[str, Any], *, source: str) -> "Job":

@@ -31,7 +31,8 @@ def read_history(folder: str) -> dict[str, list[tuple[int, float]]]:
     """Each metric's (step, value) over the whole run, rising; a step that was repeated counts as it went last."""
     place = storage.join(folder, "history")
     steps: dict[int, dict[str, float]] = {}
-    files = [json.loads(storage.read_bytes(storage.join(place, name))) for name in storage.list(place)]
+    names = [name for name in storage.list(place) if name.endswith(".json")]  # a killed writer leaves others
+    files = [json.loads(storage.read_bytes(storage.join(place, name))) for name in names]
     for rows in sorted(files, key=lambda rows: (rows[-1][0], rows[0][0])):
         steps |= dict(rows)
     curves: dict[str, list[tuple[int, float]]] = {}

@@ -48,13 +48,14 @@ def launch(job: "TrainingJob") -> Report:
         if isinstance(error, PrismError) or not isinstance(error, Exception):
             raise
         raise _explained(error, f"{_saved(done)}: {resume}" if done else None) from error
-    if outcome.reason == "refused":
+    done = complete(storage.join(folder, "checkpoints"))
+    if outcome.reason == "refused" and not job.resume and not done:
         tracking.finish("FAILED")
         storage.remove(folder)
         raise InputError(outcome.message)
-    if outcome.reason == "unsaved":
+    if outcome.reason in ("refused", "unsaved"):
         tracking.finish("FAILED")
-        raise InputError(f"{outcome.message}; {_saved(complete(storage.join(folder, 'checkpoints')))}: {resume}")
+        raise InputError(f"{outcome.message}; {_saved(done)}: {resume}")
     if outcome.reason == "non-finite":
         tracking.finish("FAILED")
         raise NonFiniteError(outcome.message)
@@ -63,7 +64,7 @@ def launch(job: "TrainingJob") -> Report:
         tracking.finish("KILLED")
         report.notes.append(f"stopped at step {outcome.step} of {job.recipe.steps}; go on with: {resume}")
     else:
-        keep_result(job, folder, report, tracking)
+        keep_result(job, folder, report, tracking, advice=f"{_saved(done)}: {resume}")
         tracking.finish("FINISHED")
     report.seconds = time.monotonic() - began
     if storage.is_local(folder):
@@ -176,13 +177,27 @@ def _report(job: "TrainingJob", folder: str, name: str, notes: list[str]) -> Rep
     )
 
 
-def keep_result(job: "TrainingJob", folder: str, report: Report, tracking: Tracking) -> None:
-    """Write the artifact from a checkpoint on a worker, and register it from here."""
+def keep_result(job: "TrainingJob", folder: str, report: Report, tracking: Tracking, *, advice: str) -> None:
+    """Write the artifact from a checkpoint on a worker, and register it from here.
+
+    Raises a PrismError that ends with `advice`, the way on, when it cannot be written or that is interrupted.
+    """
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
     gpus = 1 if job.scaling.gpu else 0
     write = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_write_result)
-    report.artifact = ray.get(write.remote(job, folder, os.getcwd()))
+    try:
+        report.artifact = ray.get(write.remote(job, folder, os.getcwd()))
+    except KeyboardInterrupt:
+        tracking.finish("KILLED")
+        raise PrismError(f"aborted while the artifact was written; {advice}") from None
+    except RayError as error:
+        tracking.finish("FAILED")
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, PrismError):
+            raise type(cause)(f"{cause}; {advice}") from None
+        raise PrismError(f"the artifact was not written ({_first_line(cause)}); {advice}") from error
     report.register(job.register_as or job.recipe.kind, run=tracking.run, champion=job.champion)
 
 
@@ -229,6 +244,9 @@ def _explained(error: Exception, advice: str | None) -> PrismError:
     if ours is not None:
         return type(ours)(f"{ours}" + (f"; {advice}" if advice else ""))
     cause: BaseException = causes[0] if causes else error
-    lines = [line for line in str(cause).splitlines() if line.strip()] or traceback.format_exception_only(cause)
-    first = f"{type(cause).__name__}: {lines[0].strip()}"
-    return PrismError(f"the training failed ({first})" + (f"; {advice}" if advice else ""))
+    return PrismError(f"the training failed ({_first_line(cause)})" + (f"; {advice}" if advice else ""))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or traceback.format_exception_only(error)
+    return f"{type(error).__name__}: {lines[0].strip()}"

@@ -79,25 +79,28 @@ class Report:
     def show(self, console: "Console") -> None:
         """Print the metrics, the small tables, and where things are."""
         from rich.table import Table
+        from rich.text import Text
 
         metrics = Table("metric", "value", title=f"{self.job}, {self.seconds:.0f} s", title_justify="left")
         for name, value in self.metrics.items():
-            metrics.add_row(name, f"{value:.6g}")
+            metrics.add_row(Text(name), f"{value:.6g}")
         console.print(metrics)
         for name, frame in self.tables.items():
             if len(frame) <= 40 and name != "curves":
                 console.print(_fitting(name, frame, console.width))
         for note in self.notes:
-            console.print(f"note: {note}", style="yellow", highlight=False)
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
         places = {"registered": self.registered, "artifact": self.artifact, "folder": self.folder}
         for name, place in places.items():
             if place:
-                console.print(f"{name:<10} {place}", highlight=False, soft_wrap=True)
+                console.print(f"{name:<10} {place}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fitting(name: str, frame: "pd.DataFrame", width: int) -> "Table":
     """The leading columns that a terminal of this width has room for; the caption names the others."""
+    from rich.markup import escape
     from rich.table import Column, Table
+    from rich.text import Text
 
     texts = [
         [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in frame.iloc[:, i]]
@@ -110,9 +113,9 @@ def _fitting(name: str, frame: "pd.DataFrame", width: int) -> "Table":
         if room < 0 and kept:
             break
         kept += 1
-    rest = f"in the report: {', '.join(columns[kept:])}" if columns[kept:] else None
-    shown = [Column(column, overflow="fold") for column in columns[:kept]]
+    rest = escape(f"in the report: {', '.join(columns[kept:])}") if columns[kept:] else None
+    shown = [Column(Text(column), overflow="fold") for column in columns[:kept]]
     table = Table(*shown, title=name, title_justify="left", caption=rest, caption_justify="left")
     for row in zip(*texts[:kept], strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

@@ -34,6 +34,7 @@ from jobs import engines
 from jobs.board import Poster
 from jobs.checkpoint import Checkpoint, CheckpointWriter, latest, model_weights
 from jobs.engines import Engine, EngineName, Precision
+from jobs.folders import refusal_to_share
 from jobs.history import History
 from jobs.job import Job
 from jobs.report import Report
@@ -145,6 +146,8 @@ def train(job: TrainingJob, folder: str, device: torch.device, poster: Poster) -
     refusals = [refusal for refusal in collective.all_gather(refusal) if refusal]
     if refusals:
         return Outcome(0, "refused", refusals[0])
+    if refusal := refusal_to_share(folder):
+        return Outcome(0, "refused", refusal)
 
     checkpoint, faults = latest(checkpoints)
     for fault in faults:

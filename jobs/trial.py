@@ -122,22 +122,24 @@ def _train_with_workers(job: "TrainingJob", folder: str, collector: _Collector) 
 
 
 def scored(space: Space, evaluation: Evaluation, reference: Mapping[int, float]) -> dict[str, float] | None:
-    """What a trial reports to the search: step, metric, others, limited metric, excess, objective; None if one lacks.
+    """What a trial reports to the search: step, metric, others, limited metric, excess, objective.
+
+    None when one of them lacks or is not finite.
 
     `reference` is the limited metric of the reference run by step; between its steps the one before counts.
     """
     value = evaluation.metrics.get(space.metric, math.nan)
-    if math.isnan(value):
+    if not math.isfinite(value):
         return None
     others = {name: evaluation.metrics.get(name, math.nan) for name in space.others}
-    if any(map(math.isnan, others.values())):
+    if not all(map(math.isfinite, others.values())):
         return None
     report = {"step": evaluation.step, space.metric: value} | others
     excess = 0.0
     if space.limit is not None:
         limited = evaluation.metrics.get(space.limit.metric, math.nan)
         known = [step for step in reference if step <= evaluation.step]
-        if math.isnan(limited) or not known:
+        if not math.isfinite(limited) or not known:
             return None
         excess = space.limit.excess(limited, reference[max(known)])
         report[space.limit.metric] = limited

@@ -22,7 +22,7 @@ from jobs.pareto import kept_of_front
 from jobs.report import Report
 from jobs.spaces import SPACES
 from jobs.training import TrainingJob
-from jobs.workers import check_room
+from jobs.workers import check_room, room_for
 from library.errors import InputError, PrismError
 from tune_spaces.space import Searcher, Space
 
@@ -67,8 +67,8 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             raise InputError(f"unknown space {data['space']!r}; there are {', '.join(SPACES)}")
         if SPACES[data["space"]].own is not None:
             raise InputError(f"the search over {data['space']!r} is a job of its own: `tune_job` gives its class")
-        base = data.get("base") or {}
-        if isinstance(base, TrainingJob):
+        base = {} if data.get("base") is None else data["base"]
+        if not isinstance(base, Mapping):
             return data
         content = {key: value for key, value in base.items() if key != "job"}
         return {**data, "base": job_class(SPACES[data["space"]].job).model_validate(content)}
@@ -97,9 +97,9 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             SPACES[self.space].of(self.base)
             return self, new_folder(SEARCH, root, self.record(), prefix=self.space, name=self.name)
         folder, content = resumed_folder(SEARCH, root, self.resume)
+        if content.get("space") != self.space:
+            raise InputError(f"search {self.resume!r} is over space {content.get('space')!r}, not {self.space!r}")
         before = TuneJob.model_validate({key: value for key, value in content.items() if key != "job"})
-        if before.space != self.space:
-            raise InputError(f"search {self.resume!r} is over space {before.space!r}, not {self.space!r}")
         if self.base not in (before.base, type(self.base)()):
             raise InputError(
                 f"search {self.resume!r} was started with another base job; a resumed search keeps it: leave these "
@@ -225,7 +225,7 @@ class TuneJob(Job, frozen=True, extra="forbid"):
             )
         tracking = Tracking(job)
         tracking.log(max(best.curve), best.last)
-        keep_result(job, place, report, tracking)
+        keep_result(job, place, report, tracking, advice=f"go on with: {self._resume(folder)}")
         tracking.finish("FINISHED")
         report.notes += tracking.notes
 
@@ -325,16 +325,12 @@ def _run_trial(
         reason, fault = outcome.reason, outcome.message
     except PrismError as error:
         reason, fault = "refused", str(error)
-    if reason in ("finished", "early") and "objective" not in last:
-        reason, fault = "unmeasured", f"the training never showed {space.metric!r}"
+    if reason in ("finished", "early") and last["step"] != outcome.step:
+        reason, fault = "unmeasured", f"the training ended without a finite {space.metric!r}"
     tune.report({**last, "reason": reason, "fault": fault})
 
 
 def _room(base: TrainingJob) -> int:
     """How many trials fit into the cluster at a time."""
-    import ray
-
     workers = base.scaling.workers if isinstance(base.scaling.workers, int) else base.scaling.workers[0]
-    there = ray.cluster_resources()
-    needs = {"CPU": workers * base.scaling.cpus_per_worker} | ({"GPU": workers} if base.scaling.gpu else {})
-    return max(1, min(int(there.get(kind, 0) // each) for kind, each in needs.items()))
+    return max(1, room_for(base.scaling) // workers)

@@ -1,5 +1,6 @@
 """The workers of a training job on Ray Train: whether they fit the cluster, and what they post until they end."""
 
+import math
 import os
 import threading
 import time
@@ -14,35 +15,55 @@ if TYPE_CHECKING:
     from jobs.training import Scaling, TrainingJob
 
 LOOK_S = 0.2  # between two looks at the board
+ROUNDING = 1e-6  # 0.3 CPUs are room for three workers of 0.1
 
 
 def check_room(job: "TrainingJob") -> None:
     """Raise InputError when the cluster cannot hold the job's workers, or the batch has no sample for each."""
-    workers = _least(job.scaling)
-    if job.recipe.batch_size < workers:
-        raise InputError(f"batch_size {job.recipe.batch_size} is less than the {workers} workers; each needs a sample")
+    _, most = _range(job.scaling)
+    if job.recipe.batch_size < most:
+        raise InputError(f"batch_size {job.recipe.batch_size} is less than the {most} workers; each needs a sample")
     check_fits(job.scaling)
 
 
 def check_fits(scaling: "Scaling") -> None:
     """Raise InputError that says what there is when the cluster cannot hold the workers and does not grow for them."""
-    import ray
-
     if scaling.autoscale:
         return
-    workers, there = _least(scaling), ray.cluster_resources()
-    needs = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.gpu else {})
-    for kind, each in needs.items():
-        room = int(there.get(kind, 0) // each)
-        if room < workers:
-            raise InputError(
-                f"{workers} workers of {each:g} {kind} do not fit: the cluster has {there.get(kind, 0):g} {kind}, "
-                f"enough for {room}; use fewer workers, or scaling.autoscale to wait for nodes"
-            )
+    (workers, _), room = _range(scaling), room_for(scaling)
+    if room < workers:
+        needs, nodes = _needs(scaling), _living_nodes()
+        has = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in needs)
+        raise InputError(
+            f"{workers} workers of {' and '.join(f'{each:g} {kind}' for kind, each in needs.items())} do not fit: the "
+            f"cluster has {has}{f' on {len(nodes)} nodes' if nodes[1:] else ''}, enough for {room}; use fewer workers, "
+            "or scaling.autoscale to wait for nodes"
+        )
 
 
-def _least(scaling: "Scaling") -> int:
-    return scaling.workers if isinstance(scaling.workers, int) else scaling.workers[0]
+def room_for(scaling: "Scaling") -> int:
+    """How many of the workers the cluster's nodes hold at a time; each is on one node."""
+    needs = _needs(scaling)
+    return sum(
+        min(math.floor(node.get(kind, 0) / each + ROUNDING) for kind, each in needs.items()) for node in _living_nodes()
+    )
+
+
+def _living_nodes() -> list[dict[str, float]]:
+    """The resources of each node."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _needs(scaling: "Scaling") -> dict[str, float]:
+    """What one worker takes of a node."""
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.gpu else {})
+
+
+def _range(scaling: "Scaling") -> tuple[int, int]:
+    """The least and the greatest number of workers."""
+    return (scaling.workers, scaling.workers) if isinstance(scaling.workers, int) else scaling.workers
 
 
 class Workers:

@@ -8,6 +8,9 @@ arrays.safetensors      further named tensors of the method, if any
 
 import importlib.metadata
 import json
+import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library import files
-from library.errors import ArtifactError, InputError
+from library.errors import ArtifactError, InputError, PrismError
 
 MANIFEST = "artifact.json"
 FILE_BYTES = 4 << 30  # a larger state is written as several files of at most about this size
@@ -133,7 +136,7 @@ def write_artifact(
     with files.atomic_folder(path) as folder:
         _write_weights(folder, weights.items() if isinstance(weights, Mapping) else weights)
         if arrays:
-            save_file({k: v.detach().cpu().contiguous() for k, v in arrays.items()}, folder / "arrays.safetensors")
+            save_tensors({k: v.detach().cpu().contiguous() for k, v in arrays.items()}, folder / "arrays.safetensors")
         for name, text in (texts or {}).items():
             if Path(name).name != name or name == MANIFEST:
                 raise InputError(f"text name {name!r} is not a plain file name")
@@ -141,7 +144,7 @@ def write_artifact(
         manifest = Manifest(
             kind=kind,
             recipe=dict(recipe),
-            metrics={k: float(v) for k, v in metrics.items()},
+            metrics={k: float(v) for k, v in metrics.items() if math.isfinite(v)},  # JSON has no others
             versions={name: importlib.metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             data=data,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -179,6 +182,15 @@ def open_artifact(path: str | Path, *, kind: str | None = None, verify: bool = T
     return Artifact(path, manifest)
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. What the operating system refuses is an OSError, as for any other file."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) if found else PrismError(str(error)) from error
+
+
 def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     shard: dict[str, Tensor] = {}
     size, written = 0, []
@@ -186,7 +198,7 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     def flush() -> None:
         nonlocal shard, size
         written.append(folder / f"weights-part{len(written):05d}.safetensors")
-        save_file(shard, written[-1])
+        save_tensors(shard, written[-1])
         shard, size = {}, 0
 
     for name, tensor in weights:

@@ -25,9 +25,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush(file)
+            for inside in [*temporary.rglob("*"), temporary]:
+                if inside.exists():
+                    flush(inside)
             if path.exists():
                 old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
                 path.rename(old)
@@ -35,6 +35,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 temporary.rename(path)
+            flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -53,10 +54,24 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             temporary.write_bytes(content)
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(path)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk, or the names in a folder, where its file system can do that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES) or not path.is_dir():
+            raise
 
 
 def sha256(path: Path) -> str:
@@ -83,8 +98,3 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno not in reasons:
             raise
         raise InputError(f"cannot write {path}: {reasons[error.errno]}") from error
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())

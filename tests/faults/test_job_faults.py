@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import jobs
 from jobs import spaces
@@ -21,8 +22,8 @@ from jobs.checkpoint import Checkpoint, complete
 from jobs.launch import launch
 from jobs.search import Journal
 from jobs.tuning import TuneJob
-from library.artifact import open_artifact
-from library.errors import PrismError
+from library.artifact import open_artifact, write_artifact
+from library.errors import InputError, PrismError
 from tests.faults.runs import at_step, driver, job, same, state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +126,14 @@ def test_a_disk_that_fills_up_stops_the_run_whole_and_it_goes_on_later(tmp_path:
     filler.unlink()
     launch(job(small_disk, "run", slow=0.05, resume=True))
     same(state(tmp_path, "calm"), state(small_disk, "run"))
+
+
+def test_a_disk_that_is_too_small_for_an_artifact_is_named_and_nothing_is_left(small_disk: Path) -> None:
+    weights = {"w": torch.ones(1 << 20)}
+    for further in ({"weights": weights}, {"weights": {}, "arrays": weights}):
+        with pytest.raises(InputError, match=r"cannot write .*artifact: the disk is full"):
+            write_artifact(small_disk / "artifact", kind="toy", recipe={}, metrics={}, data="none", **further)
+    assert not list(small_disk.iterdir())
 
 
 RUN = ["run", "send", "--corpus", "truthfulqa", "--tokenizer", "bytes", "--lm", "pythia-tiny", "--steps", "400"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cluster import Connection, registry
+from cluster.registry_session import session
 from jobs.checkpoint import Checkpoint, complete
 from jobs.history import read_history
 from jobs.launch import launch
@@ -125,6 +126,68 @@ def test_bad_recipes_are_refused_by_the_workers_in_one_line(
         launch(SendJob(recipe=recipe, name="bad", storage=str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_that_is_refused_when_it_is_resumed_keeps_its_checkpoints(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.touch()
+    settings = {"workers": 1, "steps": 5, "corpus": str(corpus)}
+    launch(toy_job(tmp_path, **settings))
+    corpus.unlink()
+    with pytest.raises(
+        InputError, match=r"corpus .* is not there; the checkpoint of step 5 is safe; go on with: "
+    ) as no:
+        launch(toy_job(tmp_path, resume=True, **settings))
+    assert f"prism run toy --name run --resume --storage {tmp_path}" in str(no.value)
+    assert Checkpoint(complete(tmp_path / "run" / "checkpoints")[0]).fault() is None
+    corpus.touch()
+    assert launch(toy_job(tmp_path, resume=True, **settings)).metrics["steps"] == 5
+
+
+def test_a_run_whose_data_are_gone_when_a_worker_restarts_keeps_its_checkpoints(tmp_path: Path) -> None:
+    corpus, mark = tmp_path / "corpus", tmp_path / "mark"
+    corpus.touch()
+    fault = {"corpus": str(corpus), "mark": str(mark), "die_at": 25}
+    job = toy_job(tmp_path, workers=1, checkpoint_every=10, max_failures=1, **fault)
+    with pytest.raises(
+        InputError, match=r"corpus .* is not there; the checkpoint of step [12]0 is safe; go on with: prism"
+    ):
+        launch(job)
+    assert mark.exists(), "no worker died"
+    assert Checkpoint(complete(tmp_path / "run" / "checkpoints")[0]).fault() is None
+
+
+def test_an_artifact_that_cannot_be_written_ends_in_one_line_and_the_run_goes_on(
+    tmp_path: Path, ready_registry: Path
+) -> None:
+    theirs = tmp_path / "run" / "artifact" / "notes.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    with pytest.raises(
+        InputError, match=r"artifact exists and is not an artifact; choose .*; the checkpoint of "
+    ) as no:
+        launch(toy_job(tmp_path, workers=1, steps=5))
+    assert str(no.value).endswith(f"step 5 is safe; go on with: prism run toy --name run --resume --storage {tmp_path}")
+    assert "\n" not in str(no.value)
+    assert "Traceback" not in str(no.value)
+    with session(f"sqlite:///{ready_registry}") as client:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        assert [run.info.status for run in client.search_runs(experiments)] == ["FAILED"]
+    theirs.unlink()
+    report = launch(toy_job(tmp_path, workers=1, steps=5, resume=True))
+    assert open_artifact(report.artifact).kind == "toy"
+
+
+def test_a_metric_that_is_not_finite_leaves_an_artifact_that_opens(tmp_path: Path) -> None:
+    report = launch(toy_job(tmp_path, workers=1, steps=5, explode_at=0))
+    assert open_artifact(report.artifact, kind="toy").metrics.keys() == {"absolute"}
+    assert report.registered == "models:/toy/1"
+
+
+def test_an_elastic_run_does_not_grow_beyond_its_batch(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="batch_size 3 is less than the 4 workers; each needs a sample"):
+        launch(toy_job(tmp_path, workers=(1, 4), batch_size=3))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from jobs.display import Display
 from jobs.report import Report
 
 
@@ -23,6 +24,19 @@ def test_a_wide_table_is_legible_and_says_what_it_leaves_out(width: int) -> None
     for column in table.columns[1:]:
         assert (f" {column} " in header) != (column in left_out.replace(",", " ").split()), column
     assert all(name in shown.replace("\n", "") or width < 80 for name in names)
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "evaluation failed: [INST] why? [/INST] [bold]"
+    text = io.StringIO()
+    table = pd.DataFrame({"[/prompt]": [said], "score": [0.25]})
+    Report(job="toy", config={}, metrics={"[/m]": 1.0}, tables={"answers": table}, notes=[said]).show(
+        Console(file=text, width=200)
+    )
+    assert text.getvalue().count(said) == 2
+    assert "[/prompt]" in text.getvalue()
+    Display("run", 10, "samples").show({"note": said})
+    assert f"run: {said}" in capsys.readouterr().err
 
 
 def test_a_long_text_is_folded_and_loses_nothing() -> None:

@@ -1,6 +1,10 @@
 """The loop on one worker: resuming is exact, nothing non-finite is learned, an evaluation may fail."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from cluster.connection import ROOT
 from jobs import checkpoint as checkpoints
 from jobs.board import Poster
 from jobs.history import read_history
@@ -189,6 +194,51 @@ def test_a_write_that_fails_is_raised_and_leaves_no_checkpoint(tmp_path: Path) -
     writer.save(1, [checkpoints.Piece("model/w", 0, torch.ones(3), (3,))], {})
     with pytest.raises(PrismError, match="a parent of it is a file"):
         writer.wait()
+
+
+def test_tensors_are_on_the_disk_before_the_checkpoint_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+    flush = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flush(descriptor)
+        if not list(tmp_path.rglob("index.json")):
+            flushed.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    writer = checkpoints.CheckpointWriter(tmp_path, kind="toy", recipe={}, metric="loss", mode="min")
+    writer.save(1, [checkpoints.Piece("model/w", 0, torch.ones(3), (3,))], {})
+    writer.wait()
+    [tensors] = tmp_path.rglob("*.safetensors")
+    assert {tensors.stat().st_ino, tensors.parent.stat().st_ino} <= flushed, "the content, and the name"
+
+
+WRITE_AND_DIE = """
+import os, signal, sys
+from jobs.history import History
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+history = History(sys.argv[1], start=20, enabled=True)
+history.add(21, {"loss": 1.0})
+history.write()
+"""
+
+
+def test_a_history_whose_writer_was_killed_is_read(tmp_path: Path) -> None:
+    run(tmp_path, Notes(stop_at=20))
+    before = read_history(str(tmp_path))
+    killed = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(tmp_path)], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "history").iterdir())) == 2, "nothing was left behind"
+    assert read_history(str(tmp_path)) == before
+
+
+def test_an_infinite_evaluation_is_never_the_best(tmp_path: Path) -> None:
+    writer = checkpoints.CheckpointWriter(tmp_path, kind="toy", recipe={}, metric="score", mode="max", keep=9)
+    for step, score in ((1, 0.5), (2, float("inf")), (3, float("nan"))):
+        writer.save(step, [checkpoints.Piece("model/w", 0, torch.ones(3), (3,))], {})
+        writer.wait()
+        writer.annotate(step, {"score": score})
+    assert checkpoints.best_checkpoint(tmp_path, "score", "max") == writer.place(1)
 
 
 def test_empty_data_and_a_batch_smaller_than_the_workers_are_refused(tmp_path: Path) -> None:

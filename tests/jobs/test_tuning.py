@@ -1,11 +1,13 @@
 """Searches run for real on Ray Tune: what stops, what resumes, what is best, and what is refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 import jobs
 from cluster.connection import ROOT
 from jobs import flags, search, tuning
+from jobs.qrc_search import QrcSearch
 from jobs.search import Journal, JournalSearcher, TrialRecord, draw, scheduler
 from jobs.send import SendJob
 from jobs.spaces import SearchEntry
@@ -224,6 +227,35 @@ def test_the_objective_is_worsened_by_what_exceeds_the_limit():
     assert scored(SPACE, Evaluation(1, {"validation_loss": 1.0, "validation_absolute": 2.0}), reference) is None
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_not_reported(broken):
+    good = {"validation_loss": 1.0, "validation_absolute": 2.0}
+    for name in good:
+        assert scored(SPACE, Evaluation(6, good | {name: broken}), {2: 4.0}) is None
+    two = replace(SPACE, others={"validation_absolute": "min"}, limit=None)
+    assert scored(two, Evaluation(6, good | {"validation_absolute": broken}), {}) is None
+
+
+@pytest.mark.usefixtures("group")
+def test_a_trial_that_ends_in_infinity_is_written_down_as_failed_and_read_again(tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    recipe = ToyRecipe(steps=6, samples=32, explode_at=6)
+    base = ToyJob(recipe=recipe, checkpoint_every=2)
+    journal = Journal(str(tmp_path))
+    searcher = JournalSearcher(SPACE, journal, samples=1, kind="random", seed=0, steps=6)
+    config = searcher.suggest("a")
+    tuning._run_trial(SPACE, base, search.trial_folder(journal.root, 0), config["values"], {0: 9.0})
+    for report in reports:
+        searcher.on_trial_result("a", report)
+    searcher.on_trial_complete("a", reports[-1])
+    [record] = Journal(str(tmp_path)).records
+    assert record.state == "failed"
+    assert record.fault == "the training ended without a finite 'validation_loss'"
+    assert sorted(record.curve) == [2, 4]
+    assert all(map(math.isfinite, (value for report in record.curve.values() for value in report.values())))
+
+
 def test_best_is_feasible_first_and_finished():
     cheap = closed(0, 0.1, 3.0, 2.0, 0.5, excess=0.01)
     slow, good = closed(1, 0.1, 3.0, 2.0, 1.0), closed(2, 0.1, 3.0, 2.0, 0.9)
@@ -276,7 +308,17 @@ def test_bad_searches_are_refused_in_one_line(tmp_path):
         changed(SendJob(), {"recipe.drop_fraction": 1.5})
     with pytest.raises(InputError, match="EigenScore is not measured with prompts=0"):
         TuneJob(space="send", base={"recipe": {"prompts": 0}}, storage=str(tmp_path)).run()
+    with pytest.raises(ValidationError, match="base"):
+        TuneJob(space="send", base=5)
+    with pytest.raises(InputError, match=r"record: base: .* not 5"):
+        flags.from_record(tune_job("send"), {"space": "send", "base": 5}, source="record")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_search_of_another_kind_is_not_gone_on_with(tmp_path):
+    QrcSearch(name="mine", storage=str(tmp_path))._open()
+    with pytest.raises(InputError, match="search 'mine' is over space 'qrc', not 'send'"):
+        TuneJob(space="send", resume="mine", storage=str(tmp_path))._open()
 
 
 def test_a_resumed_search_keeps_what_it_searches(tmp_path):

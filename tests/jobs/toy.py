@@ -16,7 +16,8 @@ from jobs import checkpoint as checkpoints
 from jobs.board import Poster
 from jobs.history import read_history
 from jobs.training import TrainingJob, train
-from library.recipe import Recipe, Splits
+from library.errors import InputError
+from library.recipe import Recipe, Splits, unwrap
 
 
 class Toy(nn.Module):
@@ -69,8 +70,12 @@ class ToyRecipe(Recipe, frozen=True, extra="forbid"):
     slow: float = 0.0
     break_evaluation: bool = False
     mark: str = ""
+    corpus: str = ""
+    explode_at: int | None = None
 
     def datasets(self) -> Splits:
+        if self.corpus and not Path(self.corpus).exists():
+            raise InputError(f"corpus {self.corpus} is not there")
         splits = [Samples(self.samples, 1), Samples(30, 2), Samples(30, 3)]
         return Splits(*splits, collate=_collate, fingerprint=f"toy-{self.samples}")
 
@@ -95,12 +100,13 @@ class ToyRecipe(Recipe, frozen=True, extra="forbid"):
     def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
         if self.break_evaluation:
             raise RuntimeError("the evaluation is broken on purpose")
-        return super().evaluate(model, batches)
+        found = super().evaluate(model, batches)
+        if self.explode_at is not None and float(unwrap(model).counter) >= self.explode_at:
+            found["loss"] = float("inf")
+        return found
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         import time
-
-        from library.recipe import unwrap
 
         unwrap(model).counter.add_(1.0)
         time.sleep(self.slow)
@@ -109,6 +115,8 @@ class ToyRecipe(Recipe, frozen=True, extra="forbid"):
                 unwrap(model).out.bias.fill_(float("nan"))
         if step == self.die_at and not Path(self.mark).exists():
             Path(self.mark).write_text("died once")
+            if self.corpus:
+                Path(self.corpus).unlink()
             os.kill(os.getpid(), 9)
         return {"steps_seen": float(unwrap(model).counter)}
 

@@ -8,7 +8,8 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ from serving.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.schema import ApplicationStatusOverview
 
     from cluster import Connection
 
@@ -122,7 +124,8 @@ class Served:
     def stop(self) -> None:
         """Let requests in flight finish, and take away what was deployed: also Serve and Ray if started for it.
 
-        Nothing is left to take away when the cluster is gone already.
+        In a cluster that ran before, Serve stays while it has applications of others. Nothing is left to take away
+        when the cluster is gone already.
         """
         import ray
         from ray.exceptions import RayError
@@ -148,7 +151,12 @@ class Served:
         deadline = time.monotonic() + READY_SECONDS
         while self.endpoints.keys() & serve.status().applications.keys() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        if self._started_serve:
+        if not self._started_serve:
+            return
+        others = serve.status().applications.keys() - self.endpoints.keys()
+        if others and not self._connection.started:
+            LOG.warning("Serve at %s goes on: others have deployed %s since", self.url, ", ".join(sorted(others)))
+        else:
             serve.shutdown()
             self._wait_for_the_port()
 
@@ -204,9 +212,10 @@ def serve_endpoints(
     when there is one. A Serve that runs in the cluster already is used when it has this host and port. `ingress` says
     who takes the requests in, see `serving.ingress`; `replicas` is how many processes serve each endpoint.
 
-    Raises, before anything is deployed: InputError for an unknown endpoint, model or alias, ArtifactError for a bad
-    artifact, InputError for a port in use, PrismError for a Ray that cannot be reached. When an endpoint does not
-    start, PrismError says why, and nothing that this call deployed stays.
+    Raises, before anything is deployed: InputError for an unknown endpoint, model or alias, or a token that no header
+    could hold, ArtifactError for a bad artifact, InputError for a port in use, PrismError for a Ray that cannot be
+    reached. When an endpoint does not start, PrismError says why, and nothing that this call added stays; endpoints
+    that were deployed before it are not taken away, but one of the same name is as Serve's failed update left it.
 
     Example:
         >>> with serve_endpoints(["hallucination"], {"hallucination": "outputs/send"}) as served:  # doctest: +SKIP
@@ -221,6 +230,7 @@ def serve_endpoints(
     chosen, left_out = _chosen(names, artifacts or {})
     for name, reference in chosen.items():
         resolve(reference, kind=ENDPOINTS[name].kind)
+    token_digest(None)  # refused here, before there is anything to take away again
     prepare(ingress, address)
     connection = connect(address)
     try:
@@ -232,12 +242,37 @@ def serve_endpoints(
     served = Served(f"http://{_visible(host)}:{port}", chosen, left_out, connection, started_serve)
     wanted = replicas * len(chosen)
     share = min(1.0, connection.cpus / wanted) if connection.started else 1.0  # few cores serve many endpoints
+    added: dict[str, str] = {}
     try:
+        before = _applications(connection)
+        added = {name: reference for name, reference in chosen.items() if name not in before}
         _deploy(chosen, connection, replicas=replicas, cpus=share)
     except BaseException:
-        served.stop()
+        replace(served, endpoints=added).stop()
         raise
     return served
+
+
+def open_host() -> str | None:
+    """The host that Serve listens on, when more than this machine can reach it; None without a Serve that runs."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    host = client.http_config.host if client is not None else None
+    if host in (None, "localhost"):
+        return None
+    try:
+        return None if ip_address(host).is_loopback else host
+    except ValueError:  # a name, of whatever address
+        return host
+
+
+def _applications(connection: "Connection") -> "dict[str, ApplicationStatusOverview]":
+    """What Serve runs now, by name."""
+    from ray import serve
+
+    return connection.unless_gone(serve.status).applications
 
 
 def _chosen(names: Sequence[str] | None, artifacts: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -339,7 +374,7 @@ def _deploy(chosen: Mapping[str, str], connection: "Connection", *, replicas: in
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     deadline = time.monotonic() + READY_SECONDS
     while True:
-        applications = connection.unless_gone(serve.status).applications
+        applications = _applications(connection)
         waiting = {name: applications[name] for name in chosen if name in applications}
         for name, application in waiting.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NUMBERS = re.compile(r"[<>|=](?:f[248]|[iu][1248]|b1)")
 LONGEST_HEADER = 10_000
+HEAD = LONGEST_HEADER + 12  # and what stands before it
+MOST_DIMENSIONS = 32
 COMPRESSION = 3  # number of the field in Arrow's RecordBatch
 DEPTH = 2  # levels of lists, where there may be any
 PLAIN_TYPES = ("floating", "integer", "string", "large_string", "binary", "large_binary", "timestamp")
@@ -24,18 +26,7 @@ PLAIN_TYPES = ("floating", "integer", "string", "large_string", "binary", "large
 
 def npy(content: bytes, name: str = "body") -> np.ndarray:
     """The array of a NumPy file, without a copy; read only. Raises InputError about the field `name`."""
-    start, header = _header(content, name)
-    try:
-        described = ast.literal_eval(header.strip())
-        kind, order, shape = (described[key] for key in ("descr", "fortran_order", "shape"))
-        plain = isinstance(shape, tuple) and all(type(side) is int for side in shape)
-    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
-        raise InputError(f"{name}: not a NumPy file (.npy)") from error
-    if not isinstance(kind, str) or not NUMBERS.fullmatch(kind):
-        raise InputError(f"{name}: an array of numbers is needed, this is one of {str(kind)[:80]}")
-    if not plain or any(side < 0 for side in shape):
-        raise InputError(f"{name}: not a NumPy file (.npy): its shape is {str(shape)[:80]}")
-    dtype = np.dtype(kind)
+    start, dtype, order, shape = _described(content, name)
     there, needed = len(content) - start, dtype.itemsize
     for side in shape:  # in Python's integers, which do not overflow
         needed *= side
@@ -45,6 +36,27 @@ def npy(content: bytes, name: str = "body") -> np.ndarray:
         raise InputError(f"{name}: the array is empty")
     flat = np.frombuffer(content, dtype, offset=start)
     return flat.reshape(shape, order="F" if order else "C").astype(dtype.newbyteorder("="), copy=False)
+
+
+def npy_shape(content: bytes, name: str = "body") -> tuple[int, ...]:
+    """What a NumPy file's head says of its shape; its first `HEAD` bytes are enough. Raises InputError."""
+    return _described(content, name)[-1]
+
+
+def _described(content: bytes, name: str) -> tuple[int, np.dtype, bool, tuple[int, ...]]:
+    """Where the numbers begin, their type, whether columns come first, and the shape."""
+    start, header = _header(content, name)
+    try:
+        described = ast.literal_eval(header.strip())
+        kind, order, shape = (described[key] for key in ("descr", "fortran_order", "shape"))
+        plain = isinstance(shape, tuple) and all(type(side) is int and 0 <= side < 1 << 63 for side in shape)
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+        raise InputError(f"{name}: not a NumPy file (.npy)") from error
+    if not isinstance(kind, str) or not NUMBERS.fullmatch(kind):
+        raise InputError(f"{name}: an array of numbers is needed, this is one of {str(kind)[:80]}")
+    if not plain or len(shape) > MOST_DIMENSIONS:
+        raise InputError(f"{name}: not a NumPy file (.npy): its shape is no tuple of at most {MOST_DIMENSIONS} sizes")
+    return start, np.dtype(kind), bool(order), shape
 
 
 def _header(content: bytes, name: str) -> tuple[int, str]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PATHS = 200  # closed loops with resampled errors behind an interval
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+END = datetime(9999, 12, 31, 23, tzinfo=UTC)  # of what dates can be told
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class Corrosion(Endpoint):
     def _row(self, request: CorrosionRequest, number: int) -> Row:
         site, where = request.series[number], f"series[{number}]"
         hours, rows = self._checked(site, request.units, where)
+        if hours[-1] + self.schema.step * request.horizon > (END - EPOCH) / timedelta(hours=1):
+            raise InputError(f"{where}: time: rows and horizon must end before {END:%Y-%m-%d %H:%M}")
         stream = None
         if site.state is not None:
             try:

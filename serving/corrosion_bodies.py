@@ -2,7 +2,7 @@
 
 import math
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,9 +39,12 @@ class Environment(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     time: list[str | float] = Field(
-        min_length=1, max_length=MOST_ROWS, description="ISO 8601, UTC where no zone is given; or hours since 1970."
+        min_length=1,
+        max_length=MOST_ROWS,
+        fail_fast=True,
+        description="ISO 8601, UTC where no zone is given; or hours since 1970.",
     )
-    inputs: dict[str, list[float | None]] = Field(
+    inputs: dict[str, Annotated[list[float | None], Field(fail_fast=True)]] = Field(
         min_length=1, description="By name: those of the model, in any order; see `recipe.series.inputs` in /info."
     )
 

@@ -48,6 +48,6 @@ def _times(column: "pyarrow.ChunkedArray") -> list[str | float]:
     import pyarrow as pa
 
     if pa.types.is_timestamp(column.type):
-        micro = pa.timestamp("us", column.type.tz)
+        micro = pa.timestamp("us", column.type.tz and "UTC")  # the same moments, of whatever zone, known here or not
         return [time.isoformat() for time in column.cast(micro, safe=column.type.unit != "ns").to_pylist()]
     return (column.cast(pa.float64()) if pa.types.is_integer(column.type) else column).to_pylist()

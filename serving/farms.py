@@ -8,17 +8,20 @@ from pydantic import Field
 from library.errors import InputError
 from serving.endpoint import Part, Response, optional
 
-Layers = Field(min_length=1, max_length=20_000)
+Layers = Field(min_length=1, max_length=20_000, fail_fast=True)
+Alpha = Annotated[float, Field(ge=-1e100, le=1e100)]  # sums of them are finite
+Size = Annotated[int, Field(ge=1, le=2**53)]
+Number = Annotated[int, Field(ge=-(2**53), le=2**53)]
 
 
 class AllocationQuestion(Part):
     """Exponents and sizes of layers, and the share of all weights that is to be pruned."""
 
-    alphas: Annotated[list[float], Layers] = Field(description="Of each layer; larger for lighter tails.")
-    parameters: Annotated[list[Annotated[int, Field(ge=1)]], Layers] = Field(description="Weights of each layer.")
+    alphas: Annotated[list[Alpha], Layers] = Field(description="Of each layer; larger for lighter tails.")
+    parameters: Annotated[list[Size], Layers] = Field(description="Weights of each layer.")
     sparsity: float = Field(gt=0, lt=1, description="Share of all weights to prune.")
     epsilon: float = Field(0.2, ge=0, lt=1, description="How far ratios differ; 0 prunes all layers alike.")
-    blocks: Annotated[list[int], Layers] = optional(
+    blocks: Annotated[list[Number], Layers] = optional(
         description="Number of each layer's block: its layers share their mean alpha. Left out, each layer has its own."
     )
 

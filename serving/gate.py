@@ -10,6 +10,7 @@ import time
 import uuid
 from hashlib import sha256
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -92,13 +93,14 @@ class Gate:
         path = self._path(scope)
         if path in OPEN:
             return
+        path = quote(path[:200], errors="replace")  # in one line, whatever a client made up
         model, name = self._model(scope), self.service.args.endpoint
         self.service.meter.request(status, model)
         fields = {
             "request_id": request_id,
             "endpoint": name,
             "method": scope["method"],
-            "path": path[:200],
+            "path": path,
             "status": status,
             "ms": round(1000 * seconds, 2),
             "model": model,
@@ -106,7 +108,7 @@ class Gate:
         ticket: Ticket | None = scope.get(TICKET)
         if ticket is not None:
             fields |= ticket.record()
-        values = (scope["method"], name, path[1:200], status, fields["ms"])  # Serve puts the request's id before it
+        values = (scope["method"], name, path[1:], status, fields["ms"])  # Serve puts the request's id before it
         LOG.info("%s %s/%s %s %s ms", *values, extra={"serve_access_log": True, "log_to_stderr": False, **fields})
 
     @staticmethod

@@ -10,6 +10,7 @@ then becomes the real HAProxy with the same arguments:
 * so is the answer to a POST that fills at most half of the buffer: when its replica dies within it, that is 503, too;
 * connections to replicas are used again, but not for a request that cannot be asked again: where such a connection
   breaks, HAProxy just hangs up. It goes through a backend of its own, to the same replicas;
+* what Ray refuses in plain text with 429, because a replica has more requests than it may hold, is such JSON, too;
 * while no endpoint is known yet every path is answered so, instead of with 404.
 
 It also ends, softly, when Ray's process that started it is lost: an orphan would share the port with its successor and
@@ -28,6 +29,7 @@ from pathlib import Path
 
 DEATH_SIGNAL = 1  # of prctl: what a process gets when the thread that started it ends; it outlives exec
 LOST = "no process answered for this model; retry after a moment"
+OVERFULL = "too many requests wait for this model; retry after a moment"
 STARTING = "the server is starting; retry after a moment"
 OPEN = re.compile(r"^(?P<section>(?:frontend prometheus|listen stats)\n\s*bind )\*?:", re.MULTILINE)
 PLAIN_ERRORS = re.compile(r"^(?P<indent>[ ]*)errorfile 502 .*\n(?:[ ]*errorfile 50[34] .*\n)+", re.MULTILINE)
@@ -46,6 +48,7 @@ IN_FRONTEND = """    http-request set-header x-request-id %[uuid] if !{ req.hdr(
     http-after-response set-status 503 if { status 502 504 } { res.hdr(x-prism-refusal) -m found }
     http-after-response del-header x-prism-refusal
 """
+PLAIN = "if { status 429 } !{ res.hdr(x-prism-model) -m found }"  # of Ray, which lets only so many reach a replica
 WHOLE_ANSWERS = """    http-response set-var(txn.whole) bool(1) if METH_POST {{ res.hdr_val(content-length) 1:{limit} }}
     http-response wait-for-body time 30s if {{ var(txn.whole) -m bool }}
     http-response set-var(txn.came) res.body_len if {{ var(txn.whole) -m bool }}
@@ -62,7 +65,8 @@ def rewritten(text: str) -> str:
     text = PLAIN_ERRORS.sub(lambda found: "".join(f"{found['indent']}{line}\n" for line in lines), text)
     buffer = BUFFER.search(text)
     limit = int(buffer["bytes"]) // 2 if buffer else 0
-    added = IN_FRONTEND + (WHOLE_ANSWERS.format(limit=limit) if limit else "")
+    added = f"{IN_FRONTEND}    http-response return status 429 {_refusal(OVERFULL)} {PLAIN}\n"
+    added += WHOLE_ANSWERS.format(limit=limit) if limit else ""
     text = FRONTEND.sub(lambda found: found[0] + added, text)
     text = _large_apart(text, limit)
     if not KNOWN.search(text):

@@ -3,16 +3,19 @@
 import base64
 import binascii
 import io
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from library.errors import InputError
 from serving.endpoint import ARROW, NPY, BulkRequest, Endpoint, Request, Response, optional
 
 if TYPE_CHECKING:
+    import PIL.Image
     import pyarrow
     from torch import Tensor
 
@@ -21,9 +24,17 @@ if TYPE_CHECKING:
     from library.hawq.trained import QuantizedClassifier
 
 File = Annotated[str, Field(min_length=4, max_length=20_000_000)]
-Row = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=4096)]
+Row = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=4096, fail_fast=True)]
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_FILES = 64
+MOST_PIXELS = 1 << 24  # of one file
+DECODED = 64  # pixels of a file that cost as much as one of the network
 SMALL = 100  # layers x bit numbers of a question that is answered in a few milliseconds
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+MOST = 1e100  # of numbers that describe a network: their products stay finite
+Trace = Annotated[float, Field(ge=-MOST, le=MOST)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=1 << 44)]  # times bits of weight and input, over 2000 layers, is below 2^63
+Costs = Annotated[list[NotNegative], Field(fail_fast=True)]
 
 
 class ClassifyRequest(BulkRequest):
@@ -33,17 +44,35 @@ class ClassifyRequest(BulkRequest):
     width) or (images, channels, height, width); or an Arrow table whose column `image` holds image files.
     """
 
-    image: File = optional(description="An image file (PNG, JPEG, ...) in base64; it is scaled to the network's size.")
-    images: list[File] = optional(min_length=1, max_length=64, description="Several such files.")
-    pixels: list[Row] = optional(min_length=1, max_length=4096, description="One grey image as rows of 0 to 255.")
+    image: File = optional(
+        description=f"An image file ({', '.join(FORMATS)}) in base64; it is scaled to the network's size."
+    )
+    images: list[File] = optional(min_length=1, max_length=MOST_FILES, description="Several such files.")
+    pixels: list[Row] = optional(
+        min_length=1, max_length=4096, fail_fast=True, description="One grey image as rows of 0 to 255."
+    )
     explain: bool = Field(False, description="Return the probability of every class, and the bits of every layer.")
+    _decoded: int = PrivateAttr(0)
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         given = self.model_fields_set & {"image", "images", "pixels"} | ({"body"} if self.bulk is not None else set())
         if len(given) != 1:
             raise ValueError(f"give one of image, images and pixels, not {' and '.join(sorted(given)) or 'none'}")
+        self._decoded = sum(math.prod(_size(name, content)) for name, content in self.files())
         return self
+
+    def files(self) -> list[tuple[str, bytes]]:
+        """The image files, each with the name of its place."""
+        if isinstance(self.bulk, list):
+            return [(f"body: image[{i}]", file) for i, file in enumerate(self.bulk)]
+        if self.image is not None:
+            return [("image", _content("image", self.image))]
+        return [(f"images[{i}]", _content(f"images[{i}]", file)) for i, file in enumerate(self.images or ())]
+
+    def decoded(self) -> int:
+        """How many pixels its image files have before they are scaled."""
+        return self._decoded
 
     def count(self) -> int:
         """How many images there are."""
@@ -72,16 +101,20 @@ class AdviseRequest(Request):
 
     budget: Literal["size", "bops", "latency"] = Field("size", description="What is limited.")
     fraction: float = Field(0.375, gt=0, le=1, description="Share of the cost of the most bits everywhere.")
-    traces: list[Finite] = optional(min_length=1, max_length=2000, description="Mean trace Tr(H)/n of each layer.")
-    errors: list[Annotated[float, Field(ge=0)]] = optional(description="Their standard errors, for the stability.")
-    n_params: list[Annotated[int, Field(ge=1)]] = optional(description="Weights of each layer.")
-    macs: list[Annotated[int, Field(ge=0)]] = optional(description="Multiply-accumulates, for budget=bops.")
-    bits: list[Annotated[int, Field(ge=2, le=16)]] = optional(min_length=1, max_length=15)
-    perturbation: list[list[Annotated[float, Field(ge=0)]]] = optional(
-        description="||Q_b(W) - W||^2 of each layer (rows) at each of `bits` (columns)."
+    traces: list[Trace] = optional(
+        min_length=1, max_length=2000, fail_fast=True, description="Mean trace Tr(H)/n of each layer."
     )
-    latency: list[list[Annotated[float, Field(ge=0)]]] = optional(description="Seconds, likewise, for budget=latency.")
-    ties: list[list[int]] = Field([], max_length=2000, description="Sets of layers, from 0, that must share bits.")
+    errors: Costs = optional(description="Their standard errors, for the stability.")
+    n_params: list[Annotated[Count, Field(ge=1)]] = optional(fail_fast=True, description="Weights of each layer.")
+    macs: list[Count] = optional(fail_fast=True, description="Multiply-accumulates, for budget=bops.")
+    bits: list[Annotated[int, Field(ge=2, le=16)]] = optional(min_length=1, max_length=15)
+    perturbation: list[Costs] = optional(
+        fail_fast=True, description="||Q_b(W) - W||^2 of each layer (rows) at each of `bits` (columns)."
+    )
+    latency: list[Costs] = optional(fail_fast=True, description="Seconds, likewise, for budget=latency.")
+    ties: list[Annotated[list[int], Field(fail_fast=True)]] = Field(
+        [], max_length=2000, fail_fast=True, description="Sets of layers, from 0, that must share bits."
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -122,7 +155,7 @@ class Classify(Endpoint):
         "pixels": {"pixels": [[0] * 9 + [200] * 10 + [0] * 9 for _ in range(28)], "explain": True},
     }
     media = (NPY, ARROW)
-    cost_unit = "pixels (images x height x width of the network)"
+    cost_unit = f"pixels (images x height x width of the network, or those of image files / {DECODED})"
     request_cost = 64 << 16
     batch_cost = 256 << 16
 
@@ -146,7 +179,7 @@ class Classify(Endpoint):
 
     def cost(self, request: ClassifyRequest) -> int:
         _, height, width = self.classifier.shape
-        return request.count() * height * width
+        return max(request.count() * height * width, request.decoded() // DECODED)
 
     def group(self, request: ClassifyRequest) -> Hashable:
         return ()
@@ -183,16 +216,8 @@ class Classify(Endpoint):
                 needed = f"{channels} channels, {height} rows and {width} columns"
                 raise InputError(f"body: images of {request.bulk.shape[1:]} given, needed are {needed}")
             return list(torch.from_numpy(request.bulk.copy()))
-        if request.bulk is not None:
-            return [
-                _opened(f"body: image[{i}]", io.BytesIO(file), self.classifier.shape)
-                for i, file in enumerate(request.bulk)
-            ]
         if "pixels" not in request.model_fields_set:
-            named = [("image", request.image)] if "image" in request.model_fields_set else [
-                (f"images[{i}]", file) for i, file in enumerate(request.images)
-            ]  # fmt: skip
-            return [_decoded(name, file, self.classifier.shape) for name, file in named]
+            return [_scaled(name, content, self.classifier.shape) for name, content in request.files()]
         rows = request.pixels
         if channels != 1 or len(rows) != height or any(len(row) != width for row in rows):
             shape = f"{height} rows of {width}" if channels == 1 else "none: this network takes colour, send image"
@@ -298,30 +323,51 @@ def _images(body: "np.ndarray | pyarrow.Table") -> np.ndarray | list[bytes]:
         raise InputError("body: a table with one column `image` of binary files is needed")
     if body.column(0).null_count:
         raise InputError("body: image: some are missing")
+    if len(body) > MOST_FILES:
+        raise InputError(f"body: {len(body)} image files; at most {MOST_FILES} are allowed")
     return body.column(0).to_pylist()
 
 
-def _decoded(name: str, file: str, shape: tuple[int, int, int]) -> "Tensor":
+def _content(name: str, file: str) -> bytes:
     try:
-        content = base64.b64decode(file, validate=True)
+        return base64.b64decode(file, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{name}: not an image file in base64") from error
-    return _opened(name, io.BytesIO(content), shape)
 
 
-def _opened(name: str, file: io.BytesIO, shape: tuple[int, int, int]) -> "Tensor":
+@contextmanager
+def _opened(name: str, content: bytes) -> "Iterator[PIL.Image.Image]":
+    """The image of a file whose head has been read. Raises InputError, also for what is found wrong with it within."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as found:
+            yield found
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: not an image file ({', '.join(FORMATS)})") from error
+
+
+def _size(name: str, content: bytes) -> tuple[int, int]:
+    """Width and height of an image file."""
+    with _opened(name, content) as found:
+        if found.width * found.height > MOST_PIXELS:
+            raise InputError(f"{name}: {found.width} x {found.height} pixels; at most 16 million are allowed")
+        return found.size
+
+
+def _scaled(name: str, content: bytes, shape: tuple[int, int, int]) -> "Tensor":
+    """An image file as the network takes it: (channels, height, width) of uint8."""
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     channels, height, width = shape
-    try:
-        with Image.open(file) as opened:
-            if opened.width * opened.height > 1 << 24:
-                raise InputError(f"{name}: {opened.width} x {opened.height} pixels; at most 16 million are allowed")
-            image = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: not an image file") from error
+    with _opened(name, content) as found:
+        if found.mode in ("I", "F"):
+            raise InputError(f"{name}: its values have 32 bits; an image of 8 or 16 bits per channel is needed")
+        if found.mode.startswith("I;16"):  # which Pillow would clip at 255
+            found = Image.fromarray((np.asarray(found) >> 8).astype(np.uint8))
+        image = found.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1).contiguous()

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 PRODUCTS_PER_PAIR = 20  # how many products an extreme eigenpair may take
 BOUND_PRODUCTS = 24  # those that find the interval of the kernel polynomial method
-Numbers = Annotated[list[float], Field(min_length=1, max_length=65_536)]
-Rows = Annotated[list[Numbers], Field(min_length=1, max_length=65_536)]
+SAMPLES = 64  # through which a product goes for what a parameter costs
+Numbers = Annotated[list[float], Field(min_length=1, max_length=65_536, fail_fast=True)]
+Rows = Annotated[list[Numbers], Field(min_length=1, max_length=65_536, fail_fast=True)]
+Labels = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 What = Literal["exact", "slq", "kpm", "top", "trace", "layers"]
 
 
@@ -21,7 +23,7 @@ class Network(Part):
     """A fully connected network: h_0 = input, h_i = activation(W_i h_{i-1} + b_i), none after the last layer."""
 
     weights: list[Rows] = Field(min_length=1, max_length=20, description="W_i, (outputs, inputs), row by row.")
-    biases: list[Numbers] = optional(description="b_i of every layer; left out, there are none.")
+    biases: list[Numbers] = optional(fail_fast=True, description="b_i of every layer; left out, there are none.")
     activation: Literal["relu", "tanh", "softplus"] = "relu"
 
     def parameters(self) -> int:
@@ -65,7 +67,7 @@ class HessianQuestion(Part):
 
     network: Network = optional(description="A small network; left out, the question is about the served model.")
     inputs: Rows = optional(description="The network's inputs, a row for each sample.")
-    targets: list[Annotated[int, Field(ge=0)]] | Rows = optional(description="A class, or a row, for each sample.")
+    targets: Labels | Rows = optional(description="A class, or a row, for each sample.")
     loss: Literal["cross_entropy", "mse"] = Field(
         "cross_entropy",
         description="Of a network: mean over samples, for mse of the squared error summed over outputs.",
@@ -140,6 +142,16 @@ class HessianQuestion(Part):
         }
         line = self.points if "towards" in self.model_fields_set else 0
         return sum(each[what] for what in set(self.what)) + line + 1
+
+    def cost(self, parameters: int) -> int:
+        """Products times parameters, and times samples / `SAMPLES` where that is more.
+
+        With a network its units count as parameters do: activations are as much work in narrow layers.
+        """
+        samples, each = self.samples, parameters
+        if self.network is not None:
+            samples, each = len(self.inputs), parameters + sum(self.network.sizes())
+        return self.products(parameters) * max(parameters, samples * each // SAMPLES)
 
 
 class Uncertain(BaseModel, frozen=True):

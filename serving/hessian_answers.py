@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from library.errors import InputError
+from library.errors import InputError, NonFiniteError
 from serving.hessian import (
     BOUND_PRODUCTS,
     PRODUCTS_PER_PAIR,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EXACT = 2000  # most parameters whose eigenvalues are all computed
 GRID = 200  # points of a density
+ACTIVATIONS = 1 << 20  # of a network's samples that go through it at once: some 200 MB while it is differentiated twice
 BANDWIDTH = 1 / 60  # of a density's Gaussians, as a share of the range of eigenvalues
 TOLERANCE = 1e-3  # residual of an eigenvalue, as a share of the largest
 
@@ -60,7 +61,13 @@ class HessianAnswers:
         return recipe, model.to(self.device).eval(), recipe.datasets()
 
     def answer(self, question: HessianQuestion, version: str) -> HessianResponse:
-        """Raises InputError that begins with the field."""
+        """Raises InputError that begins with the field, also for numbers so large that the loss is not finite."""
+        try:
+            return self._answer(question, version)
+        except NonFiniteError as error:
+            raise InputError(f"hessian: {error}") from error
+
+    def _answer(self, question: HessianQuestion, version: str) -> HessianResponse:
         import torch
 
         from library.spectral import Hessian
@@ -70,6 +77,7 @@ class HessianAnswers:
         if "exact" in question.what and operator.size > EXACT:
             raise InputError(f"hessian.what: exact is for up to {EXACT} parameters, these are {operator.size}; ask slq")
         loss, gradient = operator.loss_and_gradient()
+        norm = _finite("gradient", gradient.norm())
         probes = operator.probes(question.probes, generator=torch.Generator().manual_seed(question.seed))
         found: dict[str, Any] = dict.fromkeys(
             ("eigenvalues", "slq", "kpm", "top", "outliers", "trace", "layers", "line")
@@ -87,7 +95,7 @@ class HessianAnswers:
             parameters=operator.size,
             samples=sum(point.count(target) for _, target in point.data),
             loss=loss,
-            gradient_norm=float(gradient.norm()),
+            gradient_norm=norm,
             notes=notes,
             **found,
         )
@@ -100,7 +108,9 @@ class HessianAnswers:
             return self._served_point(question)
         targets = torch.tensor(question.targets)
         inputs = torch.tensor(question.inputs, dtype=torch.float64)
-        data = [(inputs, targets if question.loss == "cross_entropy" else targets.double())]
+        targets = targets if question.loss == "cross_entropy" else targets.double()
+        rows = max(1, ACTIVATIONS // sum(question.network.sizes()))
+        data = list(zip(inputs.split(rows), targets.split(rows), strict=True))
         loss = F.cross_entropy if question.loss == "cross_entropy" else _squared_error
         return Point(question.network.module(), loss, data, len)
 
@@ -247,4 +257,10 @@ def _traces(operator: "CurvatureOperator", question: HessianQuestion, probes: "T
 
 
 def _uncertain(found: "Estimate") -> Uncertain:
-    return Uncertain(value=float(found.value), standard_error=float(found.standard_error))
+    return Uncertain(value=_finite("trace", found.value), standard_error=_finite("trace", found.standard_error))
+
+
+def _finite(what: str, number: "Tensor") -> float:
+    if not math.isfinite(number):
+        raise InputError(f"hessian: its {what} is too large for {str(number.dtype).removeprefix('torch.')}")
+    return float(number)

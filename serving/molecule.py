@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from library.diffspectra.sampling import Sampling
 
 Modality = Literal["uv", "ir", "raman"]
-Numbers = Annotated[list[float], Field(min_length=2, max_length=20_000)]
+Numbers = Annotated[list[float], Field(min_length=2, max_length=20_000, fail_fast=True)]
 MOST_SAMPLES, MOST_STEPS = 256, 1000
 PASSES = 65_536  # of one molecule through the network, for one request
 

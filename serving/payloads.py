@@ -15,10 +15,12 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from library.errors import InputError
 from serving.arrays import npy, table
 from serving.endpoint import NPY, Endpoint
 
 JSON = "application/json"
+MOST_ERRORS = 1000  # that are told one by one: each costs a kilobyte, and a body of 8 MiB can have a million
 
 
 class Unsupported(Exception):
@@ -36,6 +38,8 @@ def read(endpoint: type[Endpoint], content_type: str | None, query: Mapping[str,
         settings = {name: _value(text) for name, text in query.items()}
         return endpoint.read(npy(content) if kind == NPY else table(content, nested=endpoint.nested), settings)
     except ValidationError as error:
+        if error.error_count() > MOST_ERRORS:
+            raise InputError(f"body: {error.error_count()} fields are wrong, or none of this endpoint's") from error
         found = error.errors(include_url=False)
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from error
 

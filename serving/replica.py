@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from cluster.registry import follows
 from library.errors import InputError
-from serving.app import ENDPOINTS
+from serving.app import ENDPOINTS, open_host
 from serving.batcher import Batcher, Ticket
 from serving.endpoint import Abandoned, answer_batch, check_cost
 from serving.gate import one_line_each
@@ -41,6 +41,8 @@ class Replica:
         kind = ENDPOINTS[args.endpoint]
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.args, self.token_digest = args, token_digest
+        if token_digest is None and (host := open_host()):
+            LOG.warning("%s needs no token, and listens on %s: set PRISM_TOKEN or token_file", kind.name, host)
         self.current = load(kind, args.artifact, device)
         self.meter = Meter(kind.name, kind.score_bounds)
         self.request_cost = args.request_cost or kind.request_cost

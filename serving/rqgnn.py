@@ -22,7 +22,7 @@ MOST_EXPLAINED = 1_000  # nodes of one graph whose spectrum is taken
 Node = Annotated[int, Field(ge=0, le=MOST_NODES)]
 Edge = Annotated[list[Node], Field(min_length=2, max_length=2)]
 Kind = Annotated[str, Field(min_length=1, max_length=LONGEST_KIND)]
-Row = Annotated[list[float], Field(min_length=1, max_length=4096)]
+Row = Annotated[list[float], Field(min_length=1, max_length=4096, fail_fast=True)]
 ASPIRIN = {
     "kinds": ["C", "C", "O", "O", "C", "C", "C", "C", "C", "C", "C", "O", "O"],
     "edges": [
@@ -47,10 +47,14 @@ ETHANOL = {"kinds": ["C", "C", "O"], "edges": [[0, 1], [1, 2]]}
 class Graph(Request):
     """An undirected graph: a kind or a row of features for each node, and each edge once."""
 
-    kinds: list[Kind] = optional(min_length=1, max_length=MOST_NODES, description="Of each node, such as its element.")
-    features: list[Row] = optional(min_length=1, max_length=MOST_NODES, description="Of each node, for other models.")
+    kinds: list[Kind] = optional(
+        min_length=1, max_length=MOST_NODES, fail_fast=True, description="Of each node, such as its element."
+    )
+    features: list[Row] = optional(
+        min_length=1, max_length=MOST_NODES, fail_fast=True, description="Of each node, for other models."
+    )
     edges: list[Edge] = Field(
-        max_length=EDGES_PER_NODE * MOST_NODES, description="Pairs of node numbers from 0, each edge once."
+        max_length=EDGES_PER_NODE * MOST_NODES, fail_fast=True, description="Pairs of node numbers from 0, each once."
     )
 
     @model_validator(mode="after")
@@ -79,7 +83,7 @@ class GraphAnomalyRequest(BulkRequest):
 
     model_config = ConfigDict(json_schema_extra={"required": ["graphs"]})
 
-    graphs: list[Graph] = optional(min_length=1, max_length=MOST_GRAPHS)
+    graphs: list[Graph] = optional(min_length=1, max_length=MOST_GRAPHS, fail_fast=True)
     threshold: float = optional(ge=0, le=1, description="Instead of the one chosen on validation graphs.")
     explain: bool = Field(False, description="Return each graph's spectrum, energy curves and node scores.")
 

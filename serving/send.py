@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SETTINGS = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "layer", "convention", "alpha")
 OF_EMBEDDINGS = {"embeddings", "convention", "alpha", "explain"}
 Prompt = Annotated[str, Field(min_length=1, max_length=100_000)]
+Embedding = Annotated[list[float], Field(min_length=2, max_length=65_536, fail_fast=True)]
+ENTRIES = 64  # of ready embeddings that cost about as much as a token
 
 
 class HallucinationRequest(Request):
@@ -29,8 +31,8 @@ class HallucinationRequest(Request):
 
     prompt: Prompt = optional(description="A text to continue.")
     prompts: list[Prompt] = optional(min_length=1, max_length=64, description="Several texts to continue.")
-    embeddings: list[Annotated[list[float], Field(min_length=2, max_length=65_536)]] = optional(
-        min_length=2, max_length=2048, description="K x d: the embeddings of K answers to one prompt."
+    embeddings: list[Embedding] = optional(
+        min_length=2, max_length=2048, fail_fast=True, description="K x d: the embeddings of K answers to one prompt."
     )
     samples: int = optional(ge=2, le=128, description="Answers drawn per prompt, K.")
     temperature: float = optional(gt=0, le=100, description="Divides the logits before sampling.")
@@ -142,7 +144,7 @@ class Hallucination(Endpoint):
         },
         "embeddings": {"embeddings": [[0.9, 0.1, 0.0], [0.8, 0.3, 0.1], [0.1, 0.9, 0.4]], "explain": True},
     }
-    cost_unit = "tokens (answers x (bytes of their prompt + max_new_tokens))"
+    cost_unit = f"tokens (answers x (bytes of their prompt + max_new_tokens), or entries of embeddings / {ENTRIES})"
     request_cost = 1 << 18
     batch_cost = 1 << 19
 
@@ -155,7 +157,7 @@ class Hallucination(Endpoint):
 
     def cost(self, request: HallucinationRequest) -> int:
         if "embeddings" in request.model_fields_set:
-            return 1
+            return max(1, len(request.embeddings) * len(request.embeddings[0]) // ENTRIES)
         changes, defaults = request.changes(), self.detector.defaults
         answers = changes.get("samples", defaults.samples) + 1
         longest = self.detector.lm.config.max_position_embeddings

@@ -17,7 +17,9 @@ MOST_GRAPHS = 256
 MOST_NODES = 1000
 PAIRS = 4_000_000  # node pairs of the graphs of one batch: activations are a multiple of them
 Node = Annotated[int, Field(ge=0, lt=MOST_NODES)]
-Features = Annotated[list[float], Field(min_length=1, max_length=1000)]
+Types = Annotated[list[int], Field(fail_fast=True)]
+Features = Annotated[list[float], Field(min_length=1, max_length=1000, fail_fast=True)]
+Rows = Annotated[list[Features], Field(fail_fast=True)]
 Edge = Annotated[list[Node], Field(min_length=2, max_length=2)]
 ASPIRIN, CAFFEINE = "CC(=O)Oc1ccccc1C(=O)O", "CN1C=NC2=C1C(=O)N(C)C(=O)N2C"
 RING = {"nodes": [0] * 6, "edges": [[i, (i + 1) % 6] for i in range(6)], "edge_types": [1] * 6}
@@ -29,11 +31,13 @@ class GraphBody(BaseModel):
     model_config = Request.model_config
 
     smiles: str = optional(min_length=1, max_length=2000, description="A molecule.")
-    nodes: list[int] | list[Features] = optional(
+    nodes: Types | Rows = optional(
         min_length=1, max_length=MOST_NODES, description="The type, or the features, of each node."
     )
-    edges: list[Edge] = optional(max_length=100_000, description="Pairs of nodes, from 0, each pair once.")
-    edge_types: list[int] | list[Features] = optional(
+    edges: list[Edge] = optional(
+        max_length=100_000, fail_fast=True, description="Pairs of nodes, from 0, each pair once."
+    )
+    edge_types: Types | Rows = optional(
         max_length=100_000, description="The type, or the features, of each edge, where the model has them."
     )
 

@@ -11,10 +11,10 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from library.errors import InputError
-from serving.arrays import npy
+from serving.arrays import HEAD, npy, npy_shape
 from serving.endpoint import ARROW, NPY, BulkRequest, Endpoint, Response, optional
 from serving.farms import AllocationQuestion, AllocationResponse, allocated
-from serving.hessian import HessianQuestion, HessianResponse
+from serving.hessian import SAMPLES, HessianQuestion, HessianResponse
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,8 +31,10 @@ FINITE = 3.0  # the exponent of an untrained window of shorter side n deviates b
 MATRICES = ("matrix", "npy", "layer")
 INPUTS = (*MATRICES, "hessian", "allocate")
 BODY = "body"
+PRODUCTS = 8192  # numbers that a window's eigenvalues multiply in about the time that an entry of the matrix may take
+FLOATS = ("halffloat", "float", "double")  # as Arrow calls float16, float32 and float64
 SETTINGS = ("method", "window", "ratio", "ops", "rule")
-Row = Annotated[list[float], Field(min_length=1, max_length=65_536)]
+Row = Annotated[list[float], Field(min_length=1, max_length=65_536, fail_fast=True)]
 EXAMPLE = [[round(math.sin(7 * i * i + 3 * j * j + i * j), 3) for j in range(12)] for i in range(16)]
 
 
@@ -49,7 +51,7 @@ class SpectrumRequest(BulkRequest):
     table with a column of floats for each of its columns; the settings are in the query then.
     """
 
-    matrix: list[Row] = optional(min_length=1, max_length=65_536, description="The matrix, row by row.")
+    matrix: list[Row] = optional(min_length=1, max_length=65_536, fail_fast=True, description="The matrix, row by row.")
     npy: str = optional(
         min_length=1, max_length=1 << 28, description="The matrix as a NumPy file (.npy) of floats, in base64."
     )
@@ -74,6 +76,10 @@ class SpectrumRequest(BulkRequest):
         if self.matrix is not None and len({len(row) for row in self.matrix}) > 1:
             raise ValueError("matrix: its rows differ in length")
         return self
+
+    def source(self) -> str:
+        """The field that the matrix comes in."""
+        return next((name for name in MATRICES if name in self.model_fields_set), BODY)
 
     def changes(self) -> dict[str, Any]:
         """The settings that the request names."""
@@ -138,7 +144,10 @@ class Spectrum(Endpoint):
     }
     media = (NPY, ARROW)
     score_bounds = tuple(step / 4 for step in range(4, 41))
-    cost_unit = "entries of the matrix, or parameters x products with the Hessian"
+    cost_unit = (
+        f"entries of the matrix (or windows x rows x columns x shorter side / {PRODUCTS}), or "
+        f"parameters x products with the Hessian (x samples / {SAMPLES})"
+    )
     request_cost = MOST_ENTRIES
     batch_cost = MOST_ENTRIES
 
@@ -168,20 +177,13 @@ class Spectrum(Endpoint):
         return [response.alpha] if isinstance(response, SpectrumResponse) else []
 
     def cost(self, request: SpectrumRequest) -> int:
-        if request.bulk is not None:
-            return request.bulk.size
-        if request.matrix is not None:
-            return len(request.matrix) * len(request.matrix[0])
-        if request.npy is not None:
-            return max(1, 3 * len(request.npy) // 8)  # two bytes an entry or more
         if request.hessian is not None:
             network = request.hessian.network
             size = self.hessian.parameters if network is None else network.parameters()
-            return size * request.hessian.products(size)
+            return request.hessian.cost(size)
         if request.allocate is not None:
             return len(request.allocate.alphas)
-        layer = self.layers.get(request.layer)
-        return layer.parameters if layer is not None else 1
+        return _cost_of_windows(request, self._shape(request))
 
     def group(self, request: SpectrumRequest) -> Hashable:
         return id(request)  # each is a batch of windows of its own
@@ -208,7 +210,6 @@ class Spectrum(Endpoint):
         from library.spectral.tails import log_histogram
 
         weight = self._weight(request)
-        given = next((name for name in MATRICES if name in request.model_fields_set), BODY)
         settings = checked(None, request.changes())
         try:
             spectrum, fit, error = measure(weight, settings)
@@ -216,7 +217,7 @@ class Spectrum(Endpoint):
             pooled = spectrum.values.flatten()
             histogram = log_histogram(pooled, BINS)
         except InputError as reason:
-            raise InputError(f"{given}: {reason}") from reason
+            raise InputError(f"{request.source()}: {reason}") from reason
         mp_alpha = MarchenkoPastur.of_shape(*spectrum.window).hill_alpha()
         windows = spectrum.values.shape[0] * spectrum.values.shape[1]
         sides = sorted(weight.shape[:2])
@@ -245,6 +246,17 @@ class Spectrum(Endpoint):
             histogram=LogHistogram(edges=histogram.edges.tolist(), counts=histogram.counts.long().tolist()),
         )
 
+    def _shape(self, request: SpectrumRequest) -> tuple[int, ...]:
+        if request.layer is not None:
+            layer = self.layers.get(request.layer)
+            return layer.shape if layer is not None else (0, 0)
+        if request.matrix is not None:
+            return len(request.matrix), len(request.matrix[0])
+        if request.bulk is not None:
+            return request.bulk.shape
+        shape = npy_shape(_from_base64(request.npy[: 4 * -(-HEAD // 3)]), "npy")
+        return shape if len(shape) == 2 else (0, 0)  # what is no matrix is refused when it is decoded
+
     def _weight(self, request: SpectrumRequest) -> "Tensor":
         import torch
 
@@ -264,12 +276,31 @@ class Spectrum(Endpoint):
         return found
 
 
+def _cost_of_windows(request: SpectrumRequest, shape: tuple[int, ...]) -> int:
+    """The entries of a weight of that shape, or the work of its windows' eigenvalues in `PRODUCTS` where it is more."""
+    from library.farms.analysis import checked
+    from library.farms.windows import window_grid
+
+    settings, entries, short = checked(None, request.changes()), math.prod(shape), min(shape[:2])
+    products = entries * short  # of the whole matrix, and of the blocks of a convolution, which do not overlap
+    if len(shape) == 2 and settings.method == "farms" and short:
+        try:
+            grid = window_grid(shape, window=settings.window, ratio=settings.ratio, ops=settings.ops)
+        except InputError as error:
+            raise InputError(f"{request.source()}: {error}") from error
+        products = grid.count * grid.rows * grid.columns * min(grid.rows, grid.columns)
+    return max(1, entries, products // PRODUCTS)
+
+
 def _decoded(text: str) -> np.ndarray:
+    return _checked("npy", npy(_from_base64(text), "npy"))
+
+
+def _from_base64(text: str) -> bytes:
     try:
-        content = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("npy: not a NumPy file of numbers in base64") from error
-    return _checked("npy", npy(content, "npy"))
 
 
 def _checked(name: str, found: np.ndarray) -> np.ndarray:
@@ -286,6 +317,8 @@ def _stacked(body: "np.ndarray | pyarrow.Table") -> np.ndarray:
     for name, column in zip(body.column_names, body.columns, strict=True):
         if column.null_count:
             raise InputError(f"{BODY}: column {name[:64]} has missing entries")
+        if str(column.type) not in FLOATS:
+            raise InputError(f"{BODY}: column {name[:64]} is of {column.type}; a matrix has {', '.join(FLOATS)}")
     return np.stack([column.to_numpy() for column in body.columns], axis=1)
 
 

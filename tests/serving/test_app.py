@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray import serve
@@ -10,8 +11,9 @@ from ray import serve
 from cluster.registry import register, resolve
 from library.errors import ArtifactError, InputError, PrismError
 from serving import app
-from serving.app import ENDPOINTS, build, serve_endpoints
+from serving.app import ENDPOINTS, build, open_host, serve_endpoints
 from serving.ingress import REPLICA_PORTS, prepare
+from serving.replica import Replica
 from serving.settings import EndpointArgs
 
 
@@ -87,6 +89,91 @@ def test_an_endpoint_that_cannot_load_its_model_says_why_and_leaves_nothing(
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", free_port)) != 0
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def running(monkeypatch) -> dict[str, SimpleNamespace]:
+    """The applications of a cluster that somebody else started, by name, in place of a real one; `score` is there."""
+    applications = {"score": SimpleNamespace(status="RUNNING")}
+    connection = SimpleNamespace(address="10.0.0.1:6379", started=False, cpus=4.0, unless_gone=lambda call: call())
+    for name, found in {
+        "cluster.connect": lambda _: connection,
+        "ray.is_initialized": lambda: True,
+        "ray.serve.status": lambda: SimpleNamespace(applications=dict(applications)),
+        "ray.serve.delete": lambda name, **_: applications.pop(name, None),
+        "ray.serve.shutdown": applications.clear,
+        "cluster.registry.resolve": lambda *_, **__: None,
+        "serving.app.prepare": lambda *_: None,
+        "serving.app._start_serve": lambda *_, **__: False,
+        "serving.app._application": lambda *_: None,
+        "ray.serve.RunTarget": lambda _, name, **__: name,
+        "ray.serve.run_many": lambda names, **_: applications.update(dict.fromkeys(names, RUNS)),
+    }.items():
+        monkeypatch.setattr(name, found)
+    return applications
+
+
+RUNS = SimpleNamespace(status="RUNNING")
+FAILED = SimpleNamespace(status="DEPLOY_FAILED", message="torn", deployments={})
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_ran_before_a_failed_serve_still_runs(running, monkeypatch):
+    artifacts = dict.fromkeys(("score", "hallucination"), "folder")
+    with monkeypatch.context() as changed:
+        changed.setenv("PRISM_TOKEN", "my secret")
+        with pytest.raises(InputError, match="PRISM_TOKEN holds no token"):
+            serve_endpoints(artifacts=artifacts)
+    for failing in ("_application", "_deploy"):
+        with monkeypatch.context() as changed:
+            changed.setattr(app, failing, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                serve_endpoints(artifacts=artifacts)
+        assert list(running) == ["score"]
+    monkeypatch.setattr("ray.serve.run_many", lambda names, **_: running.update({"hallucination": FAILED}))
+    with pytest.raises(PrismError, match="endpoint hallucination does not start"):
+        serve_endpoints(artifacts=artifacts)
+    assert list(running) == ["score"]
+
+
+def test_what_is_served_is_taken_away_also_when_it_ran_before(running):
+    running["spectrum"] = RUNS
+    with serve_endpoints(artifacts=dict.fromkeys(("score", "hallucination"), "folder")):
+        assert running.keys() == {"score", "hallucination", "spectrum"}
+    assert list(running) == ["spectrum"]
+
+
+@pytest.mark.parametrize("others", [["spectrum"], []])
+def test_serve_goes_on_while_others_have_endpoints_in_it(running, monkeypatch, caplog, others):
+    monkeypatch.setattr("serving.app._start_serve", lambda *_, **__: True)
+    ended = []
+    monkeypatch.setattr("ray.serve.shutdown", lambda: ended.append(True))
+    monkeypatch.setattr("serving.app.Served._wait_for_the_port", lambda _: None)
+    with serve_endpoints(artifacts={"score": "folder"}):
+        running |= dict.fromkeys(others, RUNS)
+    assert (list(running), ended) == (others, [] if others else [True])
+    assert ("goes on: others have deployed spectrum since" in caplog.text) == bool(others)
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [("127.0.0.1", None), ("localhost", None), ("::1", None), ("0.0.0.0", "0.0.0.0"), ("head-1", "head-1")],
+)
+def test_a_replica_without_a_token_warns_where_others_reach_it(monkeypatch, caplog, host, found):
+    running = SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda **_: running)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_gpu_ids", list)
+    monkeypatch.setattr("serving.replica.load", lambda *_: SimpleNamespace())
+    assert open_host() == found
+    for digest in (None, "0" * 64):
+        caplog.clear()
+        Replica(EndpointArgs(endpoint="score", artifact="folder", update_period_s=0), digest).close()
+        warned = f"score needs no token, and listens on {found}: set PRISM_TOKEN or token_file" in caplog.text
+        assert warned == (found is not None and digest is None)
 
 
 def test_the_builder_refuses_what_it_cannot_serve(ready_registry, send_artifact, tmp_path):

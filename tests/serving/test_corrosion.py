@@ -160,6 +160,14 @@ TIMES = site(0, 48)["time"]
         (broken("series.0.inputs.pressure", [1.0] * 48), "series[0]: pressure: this model knows no such input"),
         (broken("series.0.inputs.wind", ["calm"] * 48), "series[0]"),
         (broken("horizon", 5000), "horizon"),
+        (
+            broken("series.0.time", [f"9999-12-{30 + i // 24}T{i % 24:02}:00Z" for i in range(48)]),
+            "series[0]: time: rows and horizon must end before 9999-12-31 23:00",
+        ),
+        (
+            broken("series.0.time", [70_389_500.0 + i for i in range(48)]),
+            "series[0]: time: rows and horizon must end before 9999-12-31 23:00",
+        ),
         (broken("level", 1.0), "level"),
         (broken("colour", "red"), "colour: there is no such field"),
         (broken("series.0.state", "AAAA"), "series[0]: state: not a state that this endpoint gave"),

@@ -93,6 +93,8 @@ def test_cost_counts_tokens_with_the_models_own_number_of_samples_and_length(hal
     assert hallucination.cost(HallucinationRequest(prompt="a")) == 5 * (1 + 6)
     assert hallucination.cost(HallucinationRequest(prompts=["a", "é", "c"], samples=9, max_new_tokens=2)) == 10 * 10
     assert hallucination.cost(HallucinationRequest(prompt="x" * 1000)) == 5 * (256 + 6)  # no more than fit
+    assert hallucination.cost(HallucinationRequest(embeddings=[[1.0] * 640] * 30)) == 30 * 640 // 64
+    assert hallucination.cost(HallucinationRequest(embeddings=[[1.0, 2.0], [2.0, 1.0]])) == 1
     score = Score(SimpleNamespace(), "v")
     assert score.cost(ScoreRequest(texts=["a", "é"])) == 3
 

@@ -119,6 +119,14 @@ def replica(behave: list[str], callers: list[int] | None = None) -> Iterator[int
                         time.sleep(0.5)
                 case "hang":
                     time.sleep(4)
+                case "backpressure" | "refuse" as who:
+                    self.send_response(429)
+                    if who == "refuse":
+                        self.send_header("x-prism-model", "send/3f2a9c0d1e4b")
+                    self.send_header("content-type", "text/plain")
+                    self.send_header("content-length", "4")
+                    self.end_headers()
+                    self.wfile.write(b"full")
                 case _:
                     self.send_response(200)
                     self.send_header("content-length", str(len(body)))
@@ -244,6 +252,20 @@ def test_a_replica_that_is_not_there(tmp_path):
         assert "no process answered" in refusal(response, response.headers["x-request-id"])
         assert len(response.headers["x-request-id"]) == 36  # made on the way in
         assert httpx.get(f"{url}/other", trust_env=False).status_code == 404
+
+
+def test_a_refusal_of_rays_own_is_json_and_one_of_the_endpoint_passes(tmp_path):
+    with replica(["backpressure", "refuse"]) as port, haproxy(tmp_path, port) as url:
+        answers = [
+            httpx.post(f"{url}/one/predict", content=b"x", headers={"x-request-id": 'my "id"'}, trust_env=False)
+            for _ in range(2)
+        ]
+    assert [answer.status_code for answer in answers] == [429, 429]
+    problem = answers[0].json()
+    assert (problem["request_id"], problem["fields"]) == ('my "id"', [])
+    assert answers[0].headers["retry-after"] == "1"
+    assert answers[0].headers["x-request-id"] == 'my "id"'
+    assert answers[1].text == "full"
 
 
 def test_before_any_endpoint_is_known_paths_are_not_unknown(tmp_path):

@@ -2,13 +2,18 @@
 
 import base64
 import io
+import struct
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
+from library.errors import InputError
 from library.hawq.recipe import HawqRecipe
 from library.hawq.trained import load_hawq
 from library.images import load_images
@@ -16,8 +21,8 @@ from library.images.recipe import ClassifierRecipe
 from library.recipe import fit
 from serving.app import Served, serve_endpoints
 from serving.client import ask
-from serving.endpoint import answer_batch
-from serving.hawq import Advise, AdviseRequest
+from serving.endpoint import TooLarge, answer_batch, check_cost
+from serving.hawq import Advise, AdviseRequest, Classify, ClassifyRequest
 
 CLASSIFIER = ClassifierRecipe(steps=40, batch_size=64, train_images=2500, validation_fraction=0.03)
 
@@ -38,6 +43,89 @@ def served(shared_ray, artifact, free_port) -> Iterator[Served]:
     folder = str(artifact.path)
     with serve_endpoints(artifacts={"classify": folder, "advise": folder}, port=free_port) as served:
         yield served
+
+
+GREY = Classify(SimpleNamespace(shape=(1, 8, 8)), "v")
+
+
+def asked(image: Image.Image | bytes, kind: str = "png") -> ClassifyRequest:
+    file = io.BytesIO(image if isinstance(image, bytes) else b"")
+    if not isinstance(image, bytes):
+        image.save(file, format=kind)
+    return ClassifyRequest(image=base64.b64encode(file.getvalue()).decode())
+
+
+def dds(code: bytes) -> bytes:
+    """A DirectDraw surface of 4 x 4 whose pixels are in a format of that name."""
+    head = struct.pack("<7I44x", 124, 0x1007, 4, 4, 0, 0, 0) + struct.pack("<2I4s5I", 32, 4, code, *[0] * 5)
+    return b"DDS " + head.ljust(124, b"\0") + bytes(16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        dds(b"ABCD"),
+        b"BLP2" + struct.pack("<iBBBB2I", 1, 9, 0, 0, 0, 4, 4) + bytes(1200),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    ],
+    ids=["dds", "blp", "eps"],
+)
+def test_only_the_usual_formats_are_opened(content):
+    with pytest.raises(ValidationError, match=r"image: not an image file \(PNG, JPEG, WEBP, GIF, BMP, TIFF\)"):
+        asked(content)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bits_of_grey_are_scaled_not_clipped(kind):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    [pixels] = GREY._pixels(asked(Image.fromarray(values), kind))
+    np.testing.assert_array_equal(pixels[0], values >> 8)
+    [colours] = Classify(SimpleNamespace(shape=(3, 8, 8)), "v")._pixels(asked(Image.fromarray(values), kind))
+    np.testing.assert_array_equal(colours, np.stack([values >> 8] * 3))
+
+
+def test_images_of_32_bits_are_refused():
+    for dtype in (np.int32, np.float32):
+        request = asked(Image.fromarray(np.ones((8, 8), dtype)), "tiff")
+        with pytest.raises(InputError, match="image: its values have 32 bits; an image of 8 or 16 bits"):
+            GREY._pixels(request)
+
+
+def test_the_pixels_of_files_are_what_they_cost_before_any_is_decoded():
+    large = asked(Image.new("1", (4096, 4096)))
+    assert len(large.image) < 4096
+    assert GREY.cost(large) == 4096 * 4096 // 64
+    several = ClassifyRequest(images=[large.image] * 64)
+    with pytest.raises(TooLarge):
+        check_cost(GREY, GREY.cost(several), GREY.request_cost)
+    assert GREY.cost(asked(Image.new("L", (9, 9)))) == 8 * 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_params": [10**400, 10, 10]},
+        {"macs": [10**400, 10, 10]},
+        {"latency": [[1e308, 1e308]] * 3},
+        {"perturbation": [[1e308, 1e308]] * 3},
+        {"traces": [1e308] * 3},
+    ],
+)
+def test_numbers_that_no_network_has_are_refused_by_field(changes):
+    network = {"traces": [1.0] * 3, "n_params": [10] * 3, "bits": [2, 4], "perturbation": [[1.0, 0.1]] * 3}
+    with pytest.raises(ValidationError, match=rf"^\d.*\n{next(iter(changes))}\."):
+        AdviseRequest.model_validate(network | changes)
+
+
+@pytest.mark.parametrize("budget", ["size", "bops", "latency"])
+def test_the_largest_numbers_that_are_taken_are_added_up(budget):
+    most, layers = 1 << 44, 200
+    network = {"traces": [1e100] * layers, "n_params": [most] * layers, "macs": [most] * layers, "bits": [2, 16]}
+    tables = {"perturbation": [[1e100, 1.0]] * layers, "latency": [[1.0, 1e100]] * layers}
+    [answer] = Advise(None, "v").answer([AdviseRequest.model_validate(network | tables | {"budget": budget})])
+    numbers = [answer.omega, answer.cost, answer.limit, answer.slack, answer.lower_bound]
+    assert np.isfinite(numbers).all()
+    assert 0 < answer.cost <= answer.limit
 
 
 def as_png(pixels: torch.Tensor) -> str:

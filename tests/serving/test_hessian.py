@@ -23,6 +23,7 @@ from library.spectral import Hessian, dense_matrix
 from library.weights import state_tensors
 from serving.app import Served, serve_endpoints
 from serving.client import ask
+from serving.endpoint import TooLarge, check_cost
 from serving.hessian_answers import HessianAnswers
 from serving.spectrum import Spectrum, SpectrumRequest
 
@@ -106,6 +107,43 @@ def test_cost_is_parameters_times_products():
     assert cost == 12 * 8
     both = {"what": ["exact", "slq"], "probes": 3, "steps": 10}
     assert endpoint.cost(SpectrumRequest.model_validate({"hessian": QUESTION | both})) == 12 * (12 + 30 + 1)
+
+
+def test_cost_grows_with_the_samples_and_the_units_that_they_pass():
+    wide = {"weights": [[[0.1]] * 2000, [[0.1] * 2000]]}
+    data = {"inputs": [[1.0]] * 65_536, "targets": [[1.0]] * 65_536}
+    question = {"network": wide, "loss": "mse", "what": ["trace"]}
+    endpoint = Spectrum([], "version", HessianAnswers(None, "cpu"))
+    small = endpoint.cost(SpectrumRequest.model_validate({"hessian": question | {k: v[:1] for k, v in data.items()}}))
+    assert small == 4000 * (4 + 1)
+    large = SpectrumRequest.model_validate({"hessian": question | data})
+    assert endpoint.cost(large) == (4000 + 2002) * 65_536 // 64 * (4 + 1)
+    with pytest.raises(TooLarge):
+        check_cost(endpoint, endpoint.cost(large), endpoint.request_cost)
+    served = SpectrumRequest.model_validate({"hessian": {"samples": 256, "what": ["trace"]}}).hessian
+    assert served.cost(1000) == 1000 * 4 * (4 + 1)
+
+
+def test_samples_that_go_through_the_network_in_parts_give_the_same(monkeypatch):
+    question = with_biases(QUESTION | {"what": ["exact", "trace"], "towards": with_biases(QUESTION, seed=1)["network"]})
+    whole = answer(question)
+    monkeypatch.setattr("serving.hessian_answers.ACTIVATIONS", 3 * 10)  # three of four samples, ten units each
+    point = HessianAnswers(None, "cpu")._point(SpectrumRequest.model_validate({"hessian": question}).hessian)
+    assert [len(inputs) for inputs, _ in point.data] == [3, 1]
+    parts = answer(question)
+    assert parts["samples"] == whole["samples"] == 4
+    np.testing.assert_allclose(parts["eigenvalues"], whole["eigenvalues"], atol=1e-12)
+    np.testing.assert_allclose(parts["line"]["losses"], whole["line"]["losses"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "number", "says"),
+    [(1e200, 1.0, "the loss is inf"), (1e-100, 1e150, "its gradient is too large")],
+)
+def test_numbers_beyond_double_precision_are_the_clients_fault(weight, number, says):
+    question = {"network": {"weights": [[[weight] * 2]]}, "inputs": [[number] * 2], "targets": [[1.0]], "loss": "mse"}
+    with pytest.raises(InputError, match=f"^hessian: .*{says}"):
+        answer(question | {"what": ["exact", "top"]})
 
 
 def test_too_many_parameters_for_all_eigenvalues():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,10 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from library.errors import InputError
+from serving.app import ENDPOINTS
 from serving.arrays import npy, table
 from serving.corrosion import Corrosion
 from serving.corrosion_bodies import EXAMPLE_HOURS, UNITS, example_site
@@ -26,6 +29,12 @@ MATRIX = np.arange(12.0).reshape(3, 4)
 def npy_bytes(array: np.ndarray, **options) -> bytes:
     file = io.BytesIO()
     np.save(file, array, **options)
+    return file.getvalue()
+
+
+def image_file(image: Image.Image, kind: str = "png") -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=kind)
     return file.getvalue()
 
 
@@ -69,6 +78,8 @@ def claiming(shape: tuple[int, ...], dtype: str = "<f8") -> bytes:
         (npy_bytes(MATRIX) + b"!", "the array needs 96 bytes, 97 are there"),
         (claiming((1 << 40, 1 << 40)), "the array needs 9671406556917033397649408 bytes, 0 are there"),
         (claiming((-1, -8)), "its shape is"),
+        (claiming((10**4000, 10**4000)), "its shape is"),  # more digits than Python writes
+        (claiming((10**18,) * 400), "its shape is"),
         (npy_bytes(np.zeros((0, 3))), "the array is empty"),
     ],
 )
@@ -161,13 +172,56 @@ def test_a_wrong_matrix_or_setting_is_told_so(query, content, error, line):
     assert line in str(raised.value.errors() if error is RequestValidationError else raised.value)
 
 
+@pytest.mark.parametrize(
+    ("column", "kind"), [(pa.array([0, 1], pa.timestamp("s")), "timestamp"), (pa.array([1, 2]), "int64")]
+)
+def test_a_matrix_of_a_table_is_of_floats(column, kind):
+    with pytest.raises(InputError, match=f"body: column b is of {kind}.*halffloat, float, double"):
+        read(Spectrum, ARROW, {}, arrow_bytes(pa.table({"a": [1.0, 2.0], "b": column})))
+
+
+WRONG = 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("spectrum", {"matrix": [[""] * 100] * (WRONG // 100)}),
+        ("spectrum", {"allocate": {"alphas": [""] * WRONG, "parameters": [""] * WRONG, "sparsity": 0.5}}),
+        ("spectrum", {"hessian": {"network": {"weights": [[[""] * 10] * 100] * 20}, "inputs": [[""]] * WRONG}}),
+        ("spectrum", {"hessian": {"network": {"weights": [[[1.0]]], "biases": [[]] * WRONG}, "targets": [""] * WRONG}}),
+        ("classify", {"pixels": [[""] * 100] * (WRONG // 100)}),
+        ("advise", {"traces": [""] * 2000, "ties": [[""] * 100] * 200, "latency": [[""] * 10] * (WRONG // 10)}),
+        ("advise", {name: [""] * WRONG for name in ("errors", "n_params", "macs")}),
+        ("corrosion", {"series": [{"time": [None] * WRONG, "inputs": {"wind": [""] * WRONG}}], "units": {}}),
+        ("graph-anomaly", {"graphs": [{"kinds": [""] * WRONG, "edges": [[""]] * WRONG}] * 100}),
+        ("graph-anomaly", {"graphs": [{"features": [[""] * 100] * 200, "edges": []}]}),
+        ("graph-property", {"graphs": [{"nodes": [""] * 1000, "edges": [[""]] * WRONG, "edge_types": [""] * WRONG}]}),
+        ("hallucination", {"embeddings": [[""] * 100] * (WRONG // 100)}),
+        ("molecule", {"spectra": {"ir": {"y": [""] * WRONG, "x": [""] * WRONG}}}),
+    ],
+)
+def test_a_list_is_refused_by_its_first_wrong_entry(name, body):
+    with pytest.raises(RequestValidationError) as raised:
+        read(ENDPOINTS[name], None, {}, json.dumps(body).encode())
+    assert len(raised.value.errors()) < 30
+
+
+def test_a_body_of_nothing_but_unknown_fields_is_told_how_many_they_are():
+    with pytest.raises(InputError, match="body: 20000 fields are wrong"):
+        read(Score, None, {}, json.dumps(dict.fromkeys(map(str, range(WRONG)))).encode())
+
+
 def test_images_come_as_arrays_or_files():
     images = np.arange(2 * 5 * 4, dtype=np.uint8).reshape(2, 5, 4)
     for array, count in ((images[0], 1), (images, 2), (images[:, None], 2)):
         request = read(Classify, NPY, {"explain": "true"}, npy_bytes(array))
         assert (request.bulk.shape, request.count(), request.explain) == ((count, 1, 5, 4), count, True)
-    files = pa.table({"image": pa.array([b"one", b"two"], pa.binary())})
-    assert read(Classify, ARROW, {}, arrow_bytes(files)).bulk == [b"one", b"two"]
+    files = [image_file(Image.new("L", size)) for size in ((3, 5), (7, 2))]
+    request = read(Classify, ARROW, {}, arrow_bytes(pa.table({"image": pa.array(files, pa.binary())})))
+    assert (request.bulk, request.decoded()) == (files, 3 * 5 + 7 * 2)
+    with pytest.raises(InputError, match="body: 65 image files; at most 64 are allowed"):
+        read(Classify, ARROW, {}, arrow_bytes(pa.table({"image": pa.array(files[:1] * 65, pa.binary())})))
     for content in (np.zeros(3, np.uint8), np.zeros((2, 2))):
         with pytest.raises(InputError, match="body: uint8 of 2 to 4 dimensions"):
             read(Classify, NPY, {}, npy_bytes(content))
@@ -185,6 +239,9 @@ def test_weather_comes_as_a_table():
     found = read(Corrosion, ARROW, query, arrow_bytes(pa.table(columns | {"time": stamps})))
     assert found.series[0].inputs == wanted.series[0].inputs
     assert [time[:19] for time in found.series[0].time] == [time[:19] for time in site["time"]]
+    zoned = pa.array(stamps.cast(pa.int64()), pa.timestamp("ns", "Mars/Base"))  # a zone that nobody here knows
+    moments = read(Corrosion, ARROW, query, arrow_bytes(pa.table(columns | {"time": zoned}))).series[0].time
+    assert [time[:19] for time in moments] == [time[:19] for time in site["time"]]
     two = {name: [value for value in column for _ in range(2)] for name, column in columns.items()}
     both = read(Corrosion, ARROW, query, arrow_bytes(pa.table(two | {"site": ["a", "b"] * EXAMPLE_HOURS})))
     assert both.series == wanted.series * 2
@@ -197,6 +254,10 @@ def test_weather_comes_as_a_table():
         ({"time": [None, 2.0], "temperature": [1.0, 2.0]}, "column time has missing entries"),
         ({"time": [1.0], "temperature": ["hot"]}, "column temperature is of string; inputs are numbers"),
         ({"time": pa.array([2**62], pa.timestamp("s")), "temperature": [1.0]}, "out of the range of dates"),
+        (
+            {"time": pa.array([2**62], pa.timestamp("s", "Mars/Base")), "temperature": [1.0]},
+            "out of the range of dates",
+        ),
         ({"time": np.arange(30_000.0), "temperature": np.arange(30_000.0)}, "30000 rows; at most 20000"),
     ],
 )

@@ -1,6 +1,7 @@
 """What the HTTP layer promises whatever the model does: tokens, sizes, ids, and failures that show nothing."""
 
 import asyncio
+import logging
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -129,6 +130,16 @@ def test_tokens_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
 async def chunks():
     for _ in range(3):
         yield b" " * 400
+
+
+def test_a_path_that_a_client_made_up_stays_in_one_line_of_the_log(service, caplog):
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        caplog.handler.addFilter(lambda record: hasattr(record, "endpoint"))
+        call(service, "GET", "/x%0AINFO score/predict 200%0D%E2%80%A8", digest="0" * 64)
+    [record] = caplog.records
+    assert record.path == "/x%0AINFO%20score/predict%20200%0D%E2%80%A8"
+    assert record.getMessage().splitlines() == [record.getMessage()]
+    assert "score/x%0AINFO%20score/predict%20200%0D%E2%80%A8 401" in record.getMessage()
 
 
 @pytest.mark.parametrize("content", [b" " * 1001, chunks()], ids=["announced", "in chunks"])

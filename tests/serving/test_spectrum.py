@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from library import farms
 from library.artifact import Artifact, write_artifact
@@ -18,6 +20,8 @@ from library.errors import InputError
 from library.farms.allocation import allocate
 from serving.app import Served, serve_endpoints
 from serving.client import ask, example
+from serving.endpoint import NPY
+from serving.payloads import read
 from serving.spectrum import Spectrum
 
 
@@ -146,6 +150,49 @@ def test_more_entries_than_allowed_are_refused_by_their_number():
     endpoint = Spectrum([], "version")
     assert endpoint.cost(Spectrum.Request(matrix=GOOD)) == 400
     assert endpoint.cost(Spectrum.Request(npy=npy(np.ones((100, 100), dtype=np.float16)))) >= 10_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "windows", "rows"),
+    [
+        ((2048, 2048), {}, 15 * 15, 2000),  # what is left out is as the paper has it
+        ((2000, 2000), {"window": 1000, "ops": 32}, 32 * 32, 1000),
+        ((2000, 2000), {"method": "plain"}, 1, 2000),
+        ((64, 40), {"window": 8, "ops": 4}, 16, 8),
+    ],
+)
+def test_windows_cost_what_their_eigenvalues_take(shape, settings, windows, rows):
+    endpoint, matrix = Spectrum([], "version"), np.zeros(shape, np.float16)
+    expected = max(matrix.size, windows * rows**3 // 8192)
+    query = {name: str(value) for name, value in settings.items()}
+    file = io.BytesIO()
+    np.save(file, matrix)
+    for request in (Spectrum.Request(npy=npy(matrix), **settings), read(Spectrum, NPY, query, file.getvalue())):
+        assert endpoint.cost(request) == expected
+    assert (expected > endpoint.request_cost) == (windows > 100)
+
+
+def test_a_layers_windows_and_a_convolutions_blocks_are_counted(artifact):
+    endpoint = Spectrum.load(artifact, "cpu")
+    assert endpoint.cost(Spectrum.Request(layer="heavy")) == 64 * 64  # one window
+    kernel = SimpleNamespace(name="conv", shape=(512, 512, 3, 3))
+    assert Spectrum([kernel], "v").cost(Spectrum.Request(layer="conv")) == 512 * 512 * 9
+    assert endpoint.cost(Spectrum.Request(layer="third")) == 1  # refused by the answer, with the names of those there
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parameters": [10**400, 1, 1]},
+        {"parameters": [10**308, 1, 1]},
+        {"blocks": [0, 0, 10**30]},
+        {"alphas": [1e308, -1e308, 0.0]},
+    ],
+)
+def test_numbers_that_no_layer_has_are_refused_by_field(changes):
+    question = {"alphas": [2.0, 3.0, 4.0], "parameters": [1, 1, 1], "sparsity": 0.5} | changes
+    with pytest.raises(ValidationError, match=rf"allocate\.{next(iter(changes))}\."):
+        Spectrum.Request.model_validate({"allocate": question})
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -80,19 +81,20 @@ class DiffSpectraSampleJob(Job, frozen=True, extra="forbid"):
     def run(self) -> Report:
         """Answer what is not answered yet, and put everything together.
 
-        Raises InputError for a model or source that is not there, and an `out` that another job has left.
+        Raises InputError for a model or source that is not there, and for an `out` that another job has left, or this
+        one of a source that has changed since.
         """
         import pandas as pd
 
         began = time.monotonic()
         artifact = open_artifact(registry.resolve(self.model, kind=DiffSpectraRecipe.kind))
-        blocks = self._blocks(DiffSpectraRecipe.model_validate(artifact.recipe))
-        self._claim(artifact.version)
+        blocks, content = self._blocks(DiffSpectraRecipe.model_validate(artifact.recipe))
+        self._claim(artifact.version, content)
         connect()
         there = set(storage.list(storage.join(self.out, "blocks")))
         missing = [block for block in blocks if block["name"] not in there]
         if missing:
-            self._answer(missing)
+            self._answer(missing, artifact.version)
         answers = [
             answer
             for block in blocks
@@ -106,9 +108,10 @@ class DiffSpectraSampleJob(Job, frozen=True, extra="forbid"):
         report.notes.insert(0, f"{len(blocks) - len(missing)} of {len(blocks)} blocks were there already")
         return report
 
-    def _blocks(self, recipe: DiffSpectraRecipe) -> list[dict[str, Any]]:
-        """What each task is given: the name of its file, and numbers of molecules or entries of a file."""
+    def _blocks(self, recipe: DiffSpectraRecipe) -> tuple[list[dict[str, Any]], str]:
+        """What each task is given, the name of its file and numbers of molecules or entries; SHA-256 of all spectra."""
         items: Sequence[Any]
+        content = ""
         if self.source.endswith(KINDS):
             with storage.open_input(self.source) as stream:
                 items = read_entries(stream, self.source)
@@ -116,18 +119,20 @@ class DiffSpectraSampleJob(Job, frozen=True, extra="forbid"):
             data = load_molecules(self.source).limited(
                 most_atoms=self.most_atoms or recipe.most_atoms, modalities=recipe.encoder.modalities
             )
-            items = data.part(self.part).numbers.tolist()
+            items, content = data.part(self.part).numbers.tolist(), data.fingerprint
         items = items[: self.limit]
         parts = [items[start : start + self.block] for start in range(0, len(items), self.block)]
-        return [
+        blocks = [
             {"name": f"block-{i:06d}.json", "first": i * self.block, "items": json.dumps(part)}
             for i, part in enumerate(parts)
         ]
+        return blocks, sha256("\n".join([content, *(block["items"] for block in blocks)]).encode()).hexdigest()
 
-    def _claim(self, version: str) -> None:
+    def _claim(self, version: str, content: str) -> None:
         """Write the record, or see that it is this job's, of this artifact. Raises InputError for another's."""
         place = storage.join(self.out, RECORD)
-        own = {name: value for name, value in self.record().items() if name not in FREE} | {"version": version}
+        own = {name: value for name, value in self.record().items() if name not in FREE}
+        own |= {"version": version, "content": content}
         if storage.exists(place):
             found = json.loads(storage.read_bytes(place))
             differing = [name for name, value in own.items() if found.get(name) != value]
@@ -136,7 +141,7 @@ class DiffSpectraSampleJob(Job, frozen=True, extra="forbid"):
         else:
             storage.write_bytes(place, json.dumps(own, indent=1).encode())
 
-    def _answer(self, blocks: list[dict[str, Any]]) -> None:
+    def _answer(self, blocks: list[dict[str, Any]], version: str) -> None:
         import ray
         from ray.data import DataContext
         from ray.exceptions import RayTaskError
@@ -150,7 +155,7 @@ class DiffSpectraSampleJob(Job, frozen=True, extra="forbid"):
             raise InputError("the cluster has no room for one copy of the network; ask for fewer CPUs or GPUs each")
         dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(
             Answerer,
-            fn_constructor_args=(self,),
+            fn_constructor_args=(self, version),
             num_cpus=self.cpus_per_worker,
             num_gpus=self.gpus_per_worker or None,
             concurrency=min(len(blocks), self.concurrency or int(room)),
@@ -197,14 +202,18 @@ class DiffSpectraSampleJob(Job, frozen=True, extra="forbid"):
 class Answerer:
     """A copy of the network that answers blocks and writes each; what it returns is the block's name."""
 
-    def __init__(self, job: DiffSpectraSampleJob) -> None:
+    def __init__(self, job: DiffSpectraSampleJob, version: str) -> None:
         self.job = job
         self.data = None if job.source.endswith(KINDS) else load_molecules(job.source)
         device = "cuda" if job.gpus_per_worker and torch.cuda.is_available() else "cpu"
-        self.elucidator = Elucidator.from_artifact(open_artifact(registry.resolve(job.model)), device)
+        artifact = open_artifact(registry.resolve(job.model))
+        self.moved = artifact.version != version
+        self.elucidator = Elucidator.from_artifact(artifact, device)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         items, job = json.loads(block["items"]), self.job
+        if self.moved:
+            raise PrismError(f"model: {job.model} has become another artifact since the run began")
         told = {"sampling": job.sampling, "keep": job.keep}
         if self.data is None:
             answers = answer_entries(self.elucidator, items, first=block["first"], **told)

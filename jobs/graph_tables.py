@@ -68,8 +68,8 @@ class GraphTableJob(Job, frozen=True, extra="forbid"):
         """
         began = time.monotonic()
         local = storage.local_path(self.out) if storage.is_local(self.out) else None
-        if local is not None and local.exists() and (not local.is_dir() or any(local.iterdir())):
-            raise InputError(f"out: {local} exists and is not empty; choose a new folder")
+        if (local is not None and local.exists() and not local.is_dir()) or storage.list(self.out):
+            raise InputError(f"out: {local or self.out} exists and is not empty; choose a new folder")
         connect()
         _hush()
         graphs = self._graphs()

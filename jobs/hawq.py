@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cluster import connect, registry, storage
 from jobs.report import Report
+from jobs.reproduce import gather
 from jobs.training import TrainingJob
 from library.drawing import blank, open_frame
 from library.hawq.recipe import HawqRecipe
@@ -155,8 +156,14 @@ def _forms_on_cluster(recipe: "QuantizedRecipe") -> Any:
         import numpy as np
         import torch
 
-        found = [task.remote(network, batch, recipe.curvature, recipe.seed, start, count) for batch in batches]
-        return torch.tensor(np.stack(ray.get(found)))
+        tasks = {
+            f"probes {start} to {start + count - 1}, batch {number}": task.remote(
+                network, batch, recipe.curvature, recipe.seed, start, count
+            )
+            for number, batch in enumerate(batches)
+        }
+        found = gather(tasks, name="curvature")
+        return torch.tensor(np.stack([found[label] for label in tasks]))
 
     return measure
 

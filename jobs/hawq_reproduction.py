@@ -2,11 +2,12 @@
 
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from jobs import hawq_claims, hawq_figures
 from jobs.reproduce import Outcome, Reproduction, gather, mean_and_deviation
 from library import files
+from library.errors import InputError
 from library.hawq.recipe import HawqRecipe
 from library.hawq.study import Compared, Study, compare
 from library.images.recipe import ClassifierRecipe
@@ -37,6 +38,14 @@ class HawqReproduction(Reproduction, frozen=True, extra="forbid"):
     """How large the experiments are."""
     gpu: bool = False
     """One GPU for each seed."""
+
+    @model_validator(mode="after")
+    def _uniform_bits_are_measured(self) -> Self:
+        for mean in self.study.mean_bits:
+            if mean.is_integer() and int(mean) not in self.recipe.bits:
+                allowed = ", ".join(map(str, self.recipe.bits))
+                raise InputError(f"study.mean_bits: {mean:g} is whole, but none of the recipe's bits, {allowed}")
+        return self
 
     @classmethod
     def quick(cls, **changes: Any) -> Self:

@@ -6,9 +6,11 @@ from typing import TypeVar
 
 from cluster import registry, storage
 from jobs.report import Report
+from jobs.reproduce import gather
 from jobs.workers import stand_in
 from library.recipe import Recipe
 
+TASK = "measuring the artifact on test samples"
 R = TypeVar("R", bound=Recipe)
 T = TypeVar("T")
 
@@ -16,12 +18,13 @@ T = TypeVar("T")
 def measured(report: Report, work: Callable[[str, R], T], recipe: R) -> T:
     """`work(artifact, recipe)` of the report's artifact, in a task of the cluster.
 
-    Relative paths are this process's.
+    Relative paths are this process's. Raises the work's own PrismError, or a PrismError that says what went wrong.
     """
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=2)(_in_folder)
-    return ray.get(task.remote(work, str(registry.resolve(report.artifact)), recipe, os.getcwd()))
+    running = task.remote(work, str(report.artifact), recipe, os.getcwd())
+    return gather({TASK: running}, name=report.job)[TASK]
 
 
 def save_again(report: Report) -> None:
@@ -32,4 +35,4 @@ def save_again(report: Report) -> None:
 
 def _in_folder(work: Callable[[str, R], T], artifact: str, recipe: R, cwd: str) -> T:
     stand_in(cwd)
-    return work(artifact, recipe)
+    return work(str(registry.resolve(artifact)), recipe)

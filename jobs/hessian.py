@@ -32,7 +32,7 @@ class HessianJob(Job, frozen=True, extra="forbid"):
     seeds_per_task: PositiveInt = 3
     """Networks that one task trains as one."""
     workers: PositiveInt = 1
-    """Workers that share an artifact's samples; changes nothing in the result."""
+    """Workers that share an artifact's samples; changes nothing in the result. 1 for diffspectra-pretrain."""
     cpus_per_task: PositiveFloat = 1.0
     """CPUs reserved for each task or worker."""
     gpu: bool = False
@@ -40,7 +40,7 @@ class HessianJob(Job, frozen=True, extra="forbid"):
     max_retries: NonNegativeInt = 2
     """How often a task or an analysis is tried again whose worker died."""
     out: Path | None = None
-    """Folder for the report with its tables and figures; None keeps nothing."""
+    """Folder for `report`, with its tables and figures; None keeps nothing."""
 
     @field_validator("experiments")
     @classmethod
@@ -57,7 +57,7 @@ class HessianJob(Job, frozen=True, extra="forbid"):
         report = self._analyse() if self.artifact is not None else self._experiment()
         report.seconds = time.monotonic() - began
         if self.out is not None:
-            report.folder = str(report.save(self.out))
+            report.folder = str(report.save(self.out.absolute() / "report"))
         return report
 
     def _experiment(self) -> Report:

@@ -11,9 +11,10 @@ from cluster import registry
 from jobs.board import Poster
 from jobs.training import Scaling
 from jobs.workers import Workers, check_fits
+from library import collective
 from library.artifact import open_artifact
 from library.errors import InputError, PrismError
-from library.hessian.recipes import analyze_recipe, curvature_batches
+from library.hessian.recipes import analyze_recipe, check_additive, curvature_batches
 from library.hessian.report import HessianReport
 from library.recipes import recipe_of, trained_model
 
@@ -51,9 +52,8 @@ def analyse_artifact(
     Every worker holds the model and its share of the samples; products are summed over them, so that the number of
     workers changes the time and not the result. Raises ArtifactError and InputError that say what does not fit.
     """
-    recipe_of(open_artifact(registry.resolve(name)))
-    if workers > settings.samples:
-        raise InputError(f"{settings.samples} samples cannot be shared by {workers} workers; use fewer workers")
+    check_additive(recipe_of(open_artifact(registry.resolve(name))), workers)
+    check_enough(settings.samples, workers)
     scaling = Scaling(workers=workers, cpus_per_worker=cpus, gpu=gpu)
     check_fits(scaling)
     from rich.console import Console
@@ -76,10 +76,18 @@ def analyse_here(
     """This worker's part of the analysis; the same report on every worker."""
     model, recipe = trained_model(open_artifact(registry.resolve(name)))
     splits = recipe.datasets()
+    part = getattr(splits, settings.part)
+    check_enough(min(settings.samples, len(part)), collective.world_size())
     model = model.to(device).double() if settings.double else model.to(device)
-    batches = curvature_batches(splits, getattr(splits, settings.part), settings.samples, settings.batch_size)
+    batches = curvature_batches(splits, part, settings.samples, settings.batch_size)
     options = settings.model_dump(include={"top", "steps", "probes", "exact_below", "tolerance", "checkpoint"})
     return analyze_recipe(recipe, model, batches, seed=seed, notify=notify, **options)
+
+
+def check_enough(samples: int, workers: int) -> None:
+    """Raise InputError where a worker would have no sample."""
+    if workers > samples:
+        raise InputError(f"{samples} samples cannot be shared by {workers} workers; use fewer workers")
 
 
 def _analyse(task: dict[str, Any], poster: Poster) -> None:

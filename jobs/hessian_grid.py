@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field, PositiveInt
 
 from jobs.reproduce import gather
+from library.errors import InputError
 from library.hessian.basins import LINES, Basin, Basins, measure_basins
 from library.hessian.study import Cell, Measured, Tried, measure_cell, measure_estimates
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXPERIMENTS = ("spectrum", "growth", "classes", "separability", "gauss-newton", "batches", "estimates")
+OF_BLOBS = ("classes", "separability")
 
 
 class Grid(BaseModel, frozen=True, extra="forbid"):
@@ -44,7 +46,14 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     """Size of the experiment on large and small batches."""
 
     def cells(self, experiment: str) -> list[Cell]:
-        """The settings of an experiment; none for batches and estimates, which are of another kind."""
+        """The settings of an experiment; none for batches and estimates, which are of another kind.
+
+        Raises InputError for an experiment that varies what only blobs have, with other data.
+        """
+        if experiment in OF_BLOBS and self.base.data != "blobs":
+            raise InputError(
+                f"experiment {experiment}: it varies blobs, and grid.base.data is {self.base.data}; leave it out"
+            )
         if experiment == "growth":
             return [self._cell(hidden=(size, *self.base.hidden[1:])) for size in self.hidden]
         if experiment == "classes":
@@ -95,6 +104,7 @@ def run_grid(
     both = {grid.base} if "spectrum" in experiments else set()
     tasks: dict[str, Any] = {}
     labels: dict[str, Cell] = {}
+    titles = _titles(wanted)
     basins: dict[int, str] = {}
     estimates: dict[int, str] = {}
     if "batches" in experiments:
@@ -111,7 +121,7 @@ def run_grid(
             )
     for cell in sorted(wanted, key=lambda cell: -max(cell.hidden)):
         for part in parts:
-            label = f"{describe(cell)}, seeds {' '.join(map(str, part))}"
+            label = f"{titles[cell]}, seeds {' '.join(map(str, part))}"
             labels[label] = cell
             tasks[label] = task.remote(cell, part, ("start", "end") if cell in both else ("end",))
     found = gather(tasks, name=name)
@@ -130,6 +140,18 @@ def describe(cell: Cell) -> str:
     data = f"{cell.classes} blobs of spread {cell.spread:g}" if cell.data == "blobs" else cell.data
     batch = f", batches of {cell.batch}" if cell.batch else ""
     return f"{data}, hidden {' '.join(map(str, cell.hidden))}{batch}"
+
+
+def _titles(cells: Iterable[Cell]) -> dict[Cell, str]:
+    """Each cell in a few words of its own: what two of them would share is numbered."""
+    titles: dict[str, Cell] = {}
+    for cell in cells:
+        title, number = describe(cell), 1
+        while title in titles:
+            number += 1
+            title = f"{describe(cell)} ({number})"
+        titles[title] = cell
+    return {cell: title for title, cell in titles.items()}
 
 
 def network_table(found: Iterable[Measured]) -> "pd.DataFrame":

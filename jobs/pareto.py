@@ -26,6 +26,8 @@ def costs(space: Space, report: Mapping[str, float]) -> tuple[float, ...]:
 
 def front_ranks(points: Sequence[Sequence[float]]) -> np.ndarray:
     """Rank of each row of costs (n, objectives) by non-dominated sorting: int64 (n,)."""
+    if not len(points):
+        return np.zeros(0, np.int64)
     rows = np.asarray(points, np.float64).reshape(len(points), -1)
     less = (rows[:, None] <= rows[None]).all(-1) & (rows[:, None] < rows[None]).any(-1)  # [i, j]: i dominates j
     ranks = np.full(len(rows), -1)

@@ -124,6 +124,8 @@ class QrcJob(Job, frozen=True, extra="forbid"):
 
     def material(self) -> Material:
         """The data. Raises InputError that says which file, column and row does not fit."""
+        if self.table and self.task == "closed-loop":
+            raise InputError("task closed-loop: it is of simulated courses; tables are for the task nowcast alone")
         if self.table:
             return _from_tables(self.table, self.inputs)
         if self.inputs:
@@ -146,7 +148,7 @@ class QrcJob(Job, frozen=True, extra="forbid"):
         from library.qrc.forecaster import Forecaster
 
         device = "cuda" if self.gpu else "cpu"
-        if self.task == "closed-loop" and not self.table:
+        if self.task == "closed-loop":
             rows = (self.curves.curves * 2 // 3) * (self.curves.points - 1)
             return Forecaster(
                 self.recipe.reservoir(seed),
@@ -187,10 +189,9 @@ class QrcJob(Job, frozen=True, extra="forbid"):
             after = tests[:, self.curves.primed : self.curves.primed + self.curves.horizon]
             return {"persistence_test_nrmse": scores(held, after)["nrmse"]}
         washout = self.recipe.washout
-        path = ridge_path(x[:, washout:], y[:, washout:], (1e-8,))
-        found = {
-            "linear_test_nrmse": scores(path.predictions(tests[:, washout:])[0], wanted[:, washout:])["nrmse"],
-        }
+        path = ridge_path(_rows(x, washout), _rows(y, washout), (1e-8,))
+        predicted = path.predictions(_rows(tests, washout))[0]
+        found = {"linear_test_nrmse": scores(predicted, _rows(wanted, washout))["nrmse"]}
         return found if self.table else found | _dose_response(self.nowcast, wanted)
 
     def _folder(self) -> str:
@@ -273,7 +274,7 @@ def _drive(job: QrcJob, material: Material, seed: int, number: int) -> "dict[str
 def _fit(
     job: QrcJob, material: Material, seed: int, *members: "dict[str, Tensor]"
 ) -> "tuple[Forecaster, dict[str, float]]":
-    """The forecaster of a seed from its members' features, and its measures."""
+    """The forecaster of a seed from its members' features, on the CPU, and its measures."""
     import torch
 
     from library.qrc.scores import coverage, scores
@@ -289,7 +290,8 @@ def _fit(
     (x, y), held = material.parts["train"], material.parts["validation"]
     if y is None:
         model.fit(x, features=features["train"])
-        return model, _course_scores(job, model, material)
+        found = _course_scores(job, model, material)
+        return model.to("cpu"), found
     model.fit(x, y, features=features["train"], validation=held, validation_features=features["validation"])
     found: dict[str, float] = {}
     for name in ("validation", "test"):
@@ -300,7 +302,7 @@ def _fit(
         if name == "test":
             ends = model.predict_interval(x, job.level, features=features[name])
             found["test_coverage"] = coverage(*(_rows(end, model.washout) for end in ends), wanted)
-    return model, found
+    return model.to("cpu"), found
 
 
 def _course_scores(job: QrcJob, model: "Forecaster", material: Material) -> dict[str, float]:

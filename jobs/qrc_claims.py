@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jobs.reproduce import Claim, mean_and_deviation, verdict
-from library.qrc.study import Result, Study
+from library.qrc.study import LAYER, LOOP_LAYER, Result, Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,8 +13,25 @@ WEEK = 168  # hours of a block of the bootstrap
 SIGMAS = (0.05, 0.1, 0.3, 1.0)
 SIMPLE, CONTROL = "simple QRC", "control: 3 of equal sigma, m, a"
 TRIPLES, GREEDY = "onion, random triples", "onion, greedy 3"
-HYBRID, STACKED = "hybrid, parallel: greedy onion 3 + ESN 30", "hybrid, stacked: greedy onion 3, ESN 30 above"
+HYBRID = f"hybrid, parallel: greedy onion 3 + ESN {LAYER}"
+STACKED = f"hybrid, stacked: greedy onion 3, ESN {LAYER} above"
+LAYER_ALONE = f"ESN {LAYER}"
 MEMORYLESS = "linear, no memory"
+
+
+def single_network(study: Study) -> str:
+    """The echo state network of as many features as one reservoir."""
+    return f"ESN {study.width}"
+
+
+def equal_network(study: Study) -> str:
+    """The echo state network of as many features as an onion of three."""
+    return f"ESN {3 * study.width}"
+
+
+def hybrid_network(study: Study) -> str:
+    """The echo state network of as many features as a hybrid."""
+    return f"ESN {3 * study.width + LAYER}"
 
 
 def sweep(qubits: int, seeds: Sequence[int]) -> "pd.DataFrame":
@@ -28,11 +45,11 @@ def sweep(qubits: int, seeds: Sequence[int]) -> "pd.DataFrame":
     measured = range(1, qubits)
     for kind in ("su2", "ising"):
         template = QuantumReservoir(kind=kind, qubits=qubits, pairs="line", scale=0.2, bias=-0.1)
-        found = time_scale_sweep(template, SIGMAS, measured, max(seeds) + 1)
+        found = time_scale_sweep(template, SIGMAS, measured, seeds)
         for place, count in enumerate(measured):
             for number, sigma in enumerate(SIGMAS):
-                for seed in seeds:
-                    scale = float(found[place, number, seed])
+                for column, seed in enumerate(seeds):
+                    scale = float(found[place, number, column])
                     rows.append({"seed": seed, "kind": kind, "measured": count, "sigma": sigma, "tau": scale})
     return pd.DataFrame(rows)
 
@@ -74,11 +91,12 @@ def knobs(table: "pd.DataFrame") -> Claim:
     )
 
 
-def onions(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
+def onions(table: "pd.DataFrame", results: Sequence[Result], study: Study) -> Claim:
     """Several small reservoirs against one."""
     nrmse = _by_seed(table)
+    alone, equal_size = single_network(study), equal_network(study)
     better = ((nrmse[GREEDY] < nrmse[SIMPLE]) & (nrmse[TRIPLES] < nrmse[SIMPLE])).tolist()
-    networks = (nrmse[GREEDY] < nrmse["ESN 30"]).tolist()
+    networks = (nrmse[GREEDY] < nrmse[equal_size]).tolist()
     equal = (nrmse[TRIPLES] < nrmse[CONTROL]).tolist()
     medians = table.pivot(index="seed", columns="model", values="median").mean()
     return Claim(
@@ -92,8 +110,9 @@ def onions(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
         f"{verdict(networks, 'seeds')}",
         findings=[
             f"Greedy onion of three against the best simple reservoir: {_gain(results, GREEDY, SIMPLE)}.",
-            f"The same against the best ESN of 10 units, the read-out of one simple reservoir: "
-            f"{_gain(results, GREEDY, 'ESN 10')}; of 30 units, the onion's own: {_gain(results, GREEDY, 'ESN 30')}.",
+            f"The same against the best ESN of {study.width} units, the read-out of one simple reservoir: "
+            f"{_gain(results, GREEDY, alone)}; of {3 * study.width} units, the onion's own: "
+            f"{_gain(results, GREEDY, equal_size)}.",
             f"Is it the variety of time scales? Best of the random triples against best of the triples of equal sigma, "
             f"m and a: {_gain(results, TRIPLES, CONTROL)}; {verdict(equal, 'seeds')}. Medians over all triples are "
             f"{medians[TRIPLES]:.3f} and {medians[CONTROL]:.3f}, of single reservoirs {medians[SIMPLE]:.3f}: variety "
@@ -104,40 +123,43 @@ def onions(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
     )
 
 
-def hybrids(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
+def hybrids(table: "pd.DataFrame", results: Sequence[Result], study: Study) -> Claim:
     """A classical layer beside or above the onion."""
     nrmse = _by_seed(table)
+    equal_size = hybrid_network(study)
     onion = (nrmse[HYBRID] < nrmse[GREEDY]).tolist()
-    size = (nrmse[HYBRID] < nrmse["ESN 60"]).tolist()
+    size = (nrmse[HYBRID] < nrmse[equal_size]).tolist()
     return Claim(
         title="A classical layer makes the onion better (nowcast)",
         paper="The onion followed by a layer of classical reservoir computing is better still.",
-        measured="The greedy onion of three with the best ESN of 30 units beside it, or above it. The control is the "
-        "best ESN of 60 units, as many features as the hybrid.",
+        measured=f"The greedy onion of three with the best ESN of {LAYER} units beside it, or above it. The control is "
+        f"the best ESN of {3 * study.width + LAYER} units, as many features as the hybrid.",
         verdict=f"over the onion alone: {verdict(onion, 'seeds')}; over an ESN of equal size: {verdict(size, 'seeds')}",
         findings=[
             f"Hybrid against the onion: {_gain(results, HYBRID, GREEDY)}.",
-            f"Hybrid against the same ESN without the onion: {_gain(results, HYBRID, 'ESN 30')}.",
-            f"Hybrid against an ESN of equal feature count: {_gain(results, HYBRID, 'ESN 60')}.",
+            f"Hybrid against the same ESN without the onion: {_gain(results, HYBRID, LAYER_ALONE)}.",
+            f"Hybrid against an ESN of equal feature count: {_gain(results, HYBRID, equal_size)}.",
             f"Stacked against parallel: {_gain(results, STACKED, HYBRID)}.",
         ],
-        tables={"Test NRMSE": _models_table(table, keep=(GREEDY, "ESN 30", "ESN 60", HYBRID, STACKED))},
+        tables={"Test NRMSE": _models_table(table, keep=(GREEDY, LAYER_ALONE, equal_size, HYBRID, STACKED))},
         figure="qrc",
     )
 
 
-def courses(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
+def courses(table: "pd.DataFrame", study: Study) -> Claim:
     """Closed loop, the setting that is nearest to the paper's."""
     nrmse = _by_seed(table)
+    size = 3 * study.width + LOOP_LAYER
     names = [name for name in table["model"].unique() if name.startswith(("simple", "3 of", "onion", "hybrid"))]
     simple, equal, onion, hybrid = names
     smaller = (nrmse[hybrid] < nrmse[onion]).tolist()
     over = (nrmse[onion] < nrmse[simple]).tolist()
-    alike = (nrmse[hybrid] < nrmse["ESN 50"]).tolist()
+    alike = (nrmse[hybrid] < nrmse[f"ESN {size}"]).tolist()
     return Claim(
         title="Forecasting a course from its own beginning (closed loop)",
         paper="The order hybrid, onion, single reservoirs, quantum or classical, holds for forecasts of degradation.",
-        measured="Courses of simulated loss under random conditions; a third is shown, then predictions are fed back. "
+        measured="Courses of simulated loss under random conditions; the first "
+        f"{study.curves.primed} of {study.curves.points} points are shown, then predictions are fed back. "
         "Reservoirs with feedback of expectations, as in the public skeleton; nothing was chosen or tuned.",
         verdict=f"hybrid over onion: {verdict(smaller, 'seeds')}; onion over one reservoir: {verdict(over, 'seeds')}; "
         f"hybrid over an ESN of equal size: {verdict(alike, 'seeds')}",
@@ -146,15 +168,15 @@ def courses(table: "pd.DataFrame", results: Sequence[Result]) -> Claim:
             f"{_median_and_range(nrmse[simple].tolist())}. The control of three reservoirs of equal feedback reaches "
             f"{_median_and_range(nrmse[equal].tolist())}; that different feedback is better than equal one: "
             f"{verdict((nrmse[onion] < nrmse[equal]).tolist(), 'seeds')}.",
-            f"Hybrid of 50 features {_median_and_range(nrmse[hybrid].tolist())}, ESN of 50 units "
-            f"{_median_and_range(nrmse['ESN 50'].tolist())}.",
+            f"Hybrid of {size} features {_median_and_range(nrmse[hybrid].tolist())}, ESN of {size} units "
+            f"{_median_and_range(nrmse[f'ESN {size}'].tolist())}.",
         ],
         tables={"NRMSE over all horizons, and at the last: median over seeds, least to largest": _courses_table(table)},
         figure="qrc-courses",
     )
 
 
-def scales(table: "pd.DataFrame") -> Claim:
+def scales(table: "pd.DataFrame", study: Study) -> Claim:
     """Tasks whose time scales are known."""
     import pandas as pd
 
@@ -169,7 +191,7 @@ def scales(table: "pd.DataFrame") -> Claim:
     sums = _by_seed(table[table["task"] == table["task"].iloc[0]])
     held = (sums[TRIPLES] < sums[CONTROL]).tolist()
     best = (sums[GREEDY] < sums[SIMPLE]).tolist()
-    esn = (sums[GREEDY] < sums["ESN 30"]).tolist()
+    esn = (sums[GREEDY] < sums[equal_network(study)]).tolist()
     return Claim(
         title="Series with exactly known time scales",
         paper="Reservoirs with different time scales side by side serve tasks that have several.",
@@ -233,10 +255,11 @@ def shots(table: "pd.DataFrame", study: Study) -> Claim:
     )
 
 
-def headlines(tables: "Mapping[str, pd.DataFrame]") -> dict[str, float]:
+def headlines(tables: "Mapping[str, pd.DataFrame]", study: Study) -> dict[str, float]:
     """Mean test errors of the models that the claims are about."""
     nowcast, loop = (_by_seed(tables[name]).mean() for name in ("nowcast", "courses"))
-    names = {SIMPLE: "simple", CONTROL: "equal_sigma", GREEDY: "onion", "ESN 30": "esn_30", "ESN 60": "esn_60"}
+    names = {SIMPLE: "simple", CONTROL: "equal_sigma", GREEDY: "onion"}
+    names |= {name: name.lower().replace(" ", "_") for name in (equal_network(study), hybrid_network(study))}
     found = {f"nowcast_{short}": float(nowcast[name]) for name, short in (names | {HYBRID: "hybrid"}).items()}
     return found | {f"courses_{name.split(',')[0].replace(' ', '_')}": float(value) for name, value in loop.items()}
 

@@ -2,10 +2,23 @@
 
 from typing import TYPE_CHECKING
 
-from jobs.qrc_claims import CONTROL, GREEDY, HYBRID, MEMORYLESS, SIMPLE, STACKED, TRIPLES
+from jobs.qrc_claims import (
+    CONTROL,
+    GREEDY,
+    HYBRID,
+    MEMORYLESS,
+    SIMPLE,
+    STACKED,
+    TRIPLES,
+    equal_network,
+    hybrid_network,
+)
 from library.drawing import blank, open_frame
+from library.qrc.study import Study
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -13,7 +26,7 @@ if TYPE_CHECKING:
 LAYERS = {"quantum": "#0072B2", "ESN": "#8a8a8a", "hybrid": "#D55E00", "other": "#c8c8c8"}
 
 
-def overview(nowcast: "pd.DataFrame", qubits: int) -> "Figure":
+def overview(nowcast: "pd.DataFrame", study: Study) -> "Figure":
     """The picture of the method: an onion's eigenvalues, and the errors of the models that are compared."""
     import torch
 
@@ -23,22 +36,22 @@ def overview(nowcast: "pd.DataFrame", qubits: int) -> "Figure":
 
     drawn = blank(10.0, 4.2)
     disk, errors = drawn.subplots(1, 2, width_ratios=[1, 1.5])
-    still = {"qubits": qubits, "pairs": "line", "scale": 0.2, "bias": -0.1}
+    still = {"qubits": study.qubits, "pairs": "line", "scale": 0.2, "bias": -0.1}
     half = torch.full((1, 1), 0.5, dtype=torch.float64)
     draw_disk(disk, [channel_spectrum(QuantumReservoir(sigma=sigma, **still), half) for sigma in (0.1, 0.3, 1.0)])
     disk.set_title("Memory modes at sigma 0.1 (blue), 0.3 (orange), 1 (green)", loc="left", fontsize=10)
-    keep = [MEMORYLESS, SIMPLE, CONTROL, TRIPLES, GREEDY, "ESN 30", "ESN 60", STACKED, HYBRID]
+    keep = [MEMORYLESS, SIMPLE, CONTROL, TRIPLES, GREEDY, equal_network(study), hybrid_network(study), STACKED, HYBRID]
     _models(errors, nowcast[nowcast["model"].isin(keep)])
     errors.set_title("Nowcast of simulated corrosion, a point per seed", loc="left", fontsize=10)
     return drawn
 
 
-def spectra_figure(qubits: int) -> "Figure":
-    """How the knobs move eigenvalues and time scales."""
+def spectra_figure(qubits: int, seeds: "Sequence[int]") -> "Figure":
+    """How the knobs move eigenvalues and time scales: the circuits of the table that stands beside it."""
     from library.qrc.figures import knobs_figure
     from library.qrc.reservoir import QuantumReservoir
 
-    return knobs_figure(QuantumReservoir(qubits=qubits))
+    return knobs_figure(QuantumReservoir(qubits=qubits, pairs="line"), seeds=seeds)
 
 
 def models_figure(table: "pd.DataFrame", *, median: bool = False) -> "Figure":

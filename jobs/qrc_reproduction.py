@@ -69,11 +69,11 @@ class QrcReproduction(Reproduction, frozen=True, extra="forbid"):
         sweep = qrc_claims.sweep(self.study.qubits, self.seeds)
         tables["sweep"] = sweep
         return Outcome(
-            metrics=qrc_claims.headlines(tables),
+            metrics=qrc_claims.headlines(tables, self.study),
             tables=tables,
             figures={
-                "qrc": qrc_figures.overview(tables["nowcast"], self.study.qubits),
-                "qrc-spectra": qrc_figures.spectra_figure(self.study.qubits),
+                "qrc": qrc_figures.overview(tables["nowcast"], self.study),
+                "qrc-spectra": qrc_figures.spectra_figure(self.study.qubits, self.seeds),
                 "qrc-nowcast": qrc_figures.models_figure(tables["nowcast"]),
                 "qrc-courses": qrc_figures.models_figure(tables["courses"], median=True),
                 "qrc-scales": qrc_figures.scales_figure(tables["scales"]),
@@ -81,10 +81,10 @@ class QrcReproduction(Reproduction, frozen=True, extra="forbid"):
             },
             claims=[
                 qrc_claims.knobs(sweep),
-                qrc_claims.onions(tables["nowcast"], results["nowcast"]),
-                qrc_claims.hybrids(tables["nowcast"], results["nowcast"]),
-                qrc_claims.courses(tables["courses"], results["courses"]),
-                qrc_claims.scales(tables["scales"]),
+                qrc_claims.onions(tables["nowcast"], results["nowcast"], self.study),
+                qrc_claims.hybrids(tables["nowcast"], results["nowcast"], self.study),
+                qrc_claims.courses(tables["courses"], self.study),
+                qrc_claims.scales(tables["scales"], self.study),
                 qrc_claims.shots(tables["shots"], self.study),
             ],
             remarks=[self._setting()],

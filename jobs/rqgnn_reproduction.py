@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from jobs.reproduce import Claim, Outcome, Reproduction, gather, mean_and_deviation, verdict
 from jobs.rqgnn_figures import curves_figure, default_figure, networks_figure, overview
+from library.errors import InputError
 from library.rqgnn import study as experiments
 from library.rqgnn.study import Study
 
@@ -35,6 +36,12 @@ class RqgnnReproduction(Reproduction, frozen=True, extra="forbid"):
     """Seeds of the weights and of the order of graphs; the split is the same for all."""
     study: Study = Study()
     """How large the experiments are."""
+
+    @model_validator(mode="after")
+    def _some_set_has_all_networks(self) -> Self:
+        if set(self.study.sets) <= set(self.study.large):
+            raise InputError("study.large: it names all sets; leave one out, on which all networks are trained")
+        return self
 
     @classmethod
     def quick(cls, **changes: Any) -> Self:

@@ -134,10 +134,11 @@ def front_figure(space: Space, records: list[TrialRecord]) -> "Figure":
         axis.plot(*points.T, color=colour, marker="s", ms=4, lw=1.0, ls=":", label=group)
     margin = 0.04 * (high - low)
     axis.set_ylim(low - margin, high + margin)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    if ended:  # a logarithmic axis needs something on it
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(NAMES.get(other, other.replace("_", " ")))
     axis.set_ylabel(space.metric.replace("_", " "))
     open_frame(axis)
@@ -146,9 +147,14 @@ def front_figure(space: Space, records: list[TrialRecord]) -> "Figure":
 
 
 def _metric_range(space: Space, searched: "np.ndarray", baselines: list[float]) -> tuple[float, float]:
-    """From the best of all to the worst baseline or the upper quartile of the search, whichever is worse."""
+    """From the best of all to the worst baseline or the upper quartile of the search, whichever is worse.
+
+    (0, 1) where nothing has ended.
+    """
     import numpy as np
 
+    if not len(searched) and not baselines:
+        return 0.0, 1.0
     sign = 1.0 if space.mode == "min" else -1.0
     costs_of = sign * np.concatenate([searched, baselines])
     worst = max([*(sign * np.array(baselines)), *np.quantile(sign * searched, [0.75])] if len(searched) else costs_of)

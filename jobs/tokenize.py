@@ -29,7 +29,7 @@ from library import files, order
 from library.errors import InputError, PrismError
 from library.language.corpus import SUFFIXES, detokenise
 from library.language.material import SPLITS, TOKENIZER
-from library.language.token_store import finish_store, write_shard
+from library.language.token_store import INDEX, finish_store, write_shard
 from library.language.tokens import ByteTokenizer, Tokenizer, from_json, load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class TokenizeJob(Job, frozen=True, extra="forbid"):
         """Write the stores, whole or not at all. Raises InputError for what cannot be read or has too few documents."""
         began = time.monotonic()
         target = storage.local_path(self.out)
-        if target.exists() and not (target / TOKENIZER).is_file() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target} exists and holds no token stores; choose a new or empty folder")
+        if target.exists() and not _may_be_replaced(target):
+            raise InputError(f"{target} exists and holds more than token stores; choose a new or empty folder")
         connect()
         _hush()
         parts = _parts(self.source)
@@ -184,6 +184,12 @@ class TokenizeJob(Job, frozen=True, extra="forbid"):
             folder=str(storage.local_path(self.out)),
             seconds=seconds,
         )
+
+
+def _may_be_replaced(target: Path) -> bool:
+    """Whether it is a folder that is empty, or that holds what this job writes and nothing else."""
+    found = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}
+    return not found or (found == {TOKENIZER, *SPLITS} and all((target / split / INDEX).is_file() for split in SPLITS))
 
 
 def _parts(sources: tuple[str, ...]) -> list[Part]:

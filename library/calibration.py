@@ -122,7 +122,8 @@ class PlattScaling:
 
         Targets are (positives + 1) / (positives + 2) and 1 / (negatives + 2) instead of 1 and 0, as if one more of each
         label had been seen: few positives then give no probability of 0 or 1. Where higher margins do not mean more
-        positives, the slope is `least_slope`. Raises InputError when a margin is not finite or only one label occurs.
+        positives, the slope is `least_slope` per standard deviation of the margins, around the share of positives.
+        Raises InputError when a margin is not finite or only one label occurs.
         Source: Platt, "Probabilistic outputs for support vector machines", 1999; Lin, Lin, Weng, 2007.
 
         >>> scaling = PlattScaling.fit(torch.tensor([-2.0, -1.0, 0.5, 2.0]), torch.tensor([False, False, True, True]))
@@ -135,7 +136,8 @@ class PlattScaling:
         if not positives or not negatives:
             raise InputError(f"calibration needs both labels; {positives} of {len(labels)} are positive")
         targets = torch.where(labels, (positives + 1) / (positives + 2), 1 / (negatives + 2)).double()
-        centre, spread = margins.mean(), margins.std(correction=0).clamp(min=1e-12)
+        centre, spread = margins.mean(), margins.std(correction=0)
+        spread = spread if spread > 1e-12 else torch.ones_like(spread)
         inputs = torch.stack([(margins - centre) / spread, torch.ones_like(margins)], 1)
         point = torch.stack([torch.zeros(()), torch.tensor((positives + 1) / (negatives + 1)).log()]).double()
 
@@ -153,9 +155,10 @@ class PlattScaling:
             point = point - step
             if float(step.abs().max()) < 1e-10:
                 break
-        slope = max(float(point[0] / spread), least_slope)
-        offset = float(point[1]) - slope * float(centre) if slope > least_slope else float(point[1])
-        return cls(slope, offset)
+        if point[0] < least_slope:
+            point = torch.stack([torch.tensor(least_slope).double(), targets.mean().logit()])
+        slope = float(point[0] / spread)
+        return cls(slope, float(point[1]) - slope * float(centre))
 
     def probability(self, margins: Tensor | float) -> Tensor:
         """The probability of a positive for each margin, float64."""

@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library import collective
+from library.errors import InputError
 from library.hessian.analysis import analyze
 from library.hessian.report import HessianReport
 from library.recipe import Batch, Recipe, Samples, Splits, make_batch, to_device, unwrap
 from library.spectral.eigen import extreme_eigenpairs
 from library.spectral.operators import Hessian
+
+CONTRASTIVE = ("diffspectra-pretrain",)  # kinds whose loss of a batch depends on the other workers' batches
 
 
 class RecipeLoss(nn.Module):
@@ -41,6 +44,15 @@ class RecipeOutputs(nn.Module):
 
     def forward(self, numbered: tuple[int, Batch]) -> Tensor:
         return self.recipe.outputs(self.model, numbered[1])
+
+
+def check_additive(recipe: Recipe, workers: int) -> None:
+    """Raise InputError where a loss is no sum over samples, so that several workers would measure another one."""
+    if workers > 1 and recipe.kind in CONTRASTIVE:
+        raise InputError(
+            f"workers: the loss of {recipe.kind} compares the samples of all workers, so its curvature cannot be "
+            f"shared by {workers}; use 1"
+        )
 
 
 def curvature_batches(splits: Splits, samples: Samples, count: int, size: int) -> list[tuple[tuple[int, Batch], Batch]]:
@@ -89,7 +101,8 @@ class CurvatureFollower:
 
     Every `every` steps the eigenvectors of the last time, and a random vector, start the search, so that it takes a few
     products. The samples are the first `samples` of the training data, the same at all times and shared over workers;
-    every worker must call it. Works with engines that keep whole weights on each worker (ddp).
+    every worker must call it. Works with engines that keep whole weights on each worker (ddp). Raises InputError for
+    several workers and a loss that is no sum over samples.
     """
 
     def __init__(
@@ -105,6 +118,7 @@ class CurvatureFollower:
         limit: int = 60,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_additive(recipe, collective.world_size())
         self._recipe, self._every, self._count = recipe, every, count
         self._tolerance, self._limit = tolerance, limit
         self._batches = to_device(curvature_batches(splits, splits.train, samples, batch_size), device)

@@ -32,6 +32,10 @@ class Residuals:
         lengths = torch.tensor([len(part) for part in parts])
         return cls(torch.cat(parts).contiguous(), lengths.cumsum(0))
 
+    def to(self, device: str) -> "Residuals":
+        """The same on a torch device."""
+        return Residuals(self.rows.to(device), self.ends.to(device))
+
     def quantiles(self, shares: Sequence[float]) -> Tensor:
         """Quantiles (shares, outputs) of all rows."""
         return torch.quantile(self.rows, torch.tensor(shares, dtype=self.rows.dtype, device=self.rows.device), 0)

@@ -43,7 +43,7 @@ def knobs_figure(
     template: QuantumReservoir | None = None,
     *,
     sigmas: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0),
-    seeds: int = 8,
+    seeds: Sequence[int] = range(8),
 ) -> "Figure":
     """How the angles' scale sigma and the number of measured qubits move the eigenvalues and the time scales.
 
@@ -83,7 +83,7 @@ def knobs_figure(
     scale.set_xlabel("sigma, the scale of the fixed angles")
     scale.set_ylabel("slowest mode lasts (steps)")
     scale.set_title(
-        f"What sets how long a {template.kind} reservoir remembers (median and range of {seeds} seeds)",
+        f"What sets how long a {template.kind} reservoir remembers (median and range of {len(seeds)} seeds)",
         loc="left",
         fontsize=10,
     )

@@ -230,6 +230,13 @@ class Forecaster(RegressorMixin, BaseEstimator):
         features, state = self.reservoir_.drive(inputs, self.begin(len(inputs)))
         return state, self.readout_(self.with_inputs(features[:, -1:], inputs[:, -1:]))[:, 0]
 
+    def to(self, device: str) -> Self:
+        """Itself, once fitted, with all that it learned on another torch device."""
+        self.device = device
+        for name in ("low_", "high_", "typical_", "target_range_", "readout_", "residuals_"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
     def outside(self, values: Tensor) -> Tensor:
         """How far inputs (..., channels) lie outside the training range, in its widths; 0 inside."""
         self._check_fitted()

@@ -112,20 +112,24 @@ def annulus_overlap(one: tuple[float, float], other: tuple[float, float]) -> flo
 
 
 def time_scale_sweep(
-    template: QuantumReservoir, sigmas: Sequence[float], measured: Sequence[int], seeds: int, value: float = 0.5
+    template: QuantumReservoir,
+    sigmas: Sequence[float],
+    measured: Sequence[int],
+    seeds: Sequence[int],
+    value: float = 0.5,
 ) -> Tensor:
     """The slowest time scale for each number of measured qubits, sigma and seed: float64 (measured, sigmas, seeds).
 
     At the input `value` of one channel. What sigma and the number of mid-circuit measurements do to the memory.
     """
     inputs = torch.full((1, 1), value, dtype=torch.float64)
-    result = torch.empty(len(measured), len(sigmas), seeds, dtype=torch.float64)
+    result = torch.empty(len(measured), len(sigmas), len(seeds), dtype=torch.float64)
     for place, count in enumerate(measured):
         for number, sigma in enumerate(sigmas):
-            for seed in range(seeds):
+            for column, seed in enumerate(seeds):
                 changed = {"measured": count, "sigma": sigma, "seed": seed}
                 reservoir = QuantumReservoir(**template.model_dump() | changed)
-                result[place, number, seed] = slowest_time_scale(reservoir, inputs)[0]
+                result[place, number, column] = slowest_time_scale(reservoir, inputs)[0]
     return result
 
 

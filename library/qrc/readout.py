@@ -37,6 +37,10 @@ class ReadOut:
         """Predictions (..., O) for features (..., D)."""
         return features @ self.weights + self.intercept
 
+    def to(self, device: str) -> "ReadOut":
+        """The same on a torch device."""
+        return ReadOut(self.weights.to(device), self.intercept.to(device), self.alpha.to(device))
+
 
 @dataclass(frozen=True)
 class RidgePath:

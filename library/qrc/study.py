@@ -25,6 +25,8 @@ from library.qrc.shots import SampledReservoir
 from library.qrc.tasks import multi_scale, narma10
 
 SEEDS_APART = 1000
+LAYER = 30  # units of a hybrid's classical layer
+LOOP_LAYER = 20  # the same in the closed loop
 RAW_ALPHA = 1e-6  # of the closed loop: absolute, on features as they are
 
 
@@ -37,16 +39,26 @@ class Study(BaseModel, frozen=True, extra="forbid"):
     """The courses of the closed loop."""
     washout: NonNegativeInt = 300
     """Hours of a nowcast from which nothing is learned, nor measured."""
-    qubits: int = Field(4, ge=2, le=6)
+    qubits: int = Field(4, ge=3, le=6)
     """Qubits of every reservoir."""
     random_triples: PositiveInt = 36
     """Onions that are drawn at random from the pool."""
     steps: int = Field(6000, ge=200)
     """Length of the series with known time scales, and of NARMA-10."""
-    shots: tuple[PositiveInt, ...] = (16384, 4096, 1024)
+    shots: tuple[PositiveInt, ...] = Field((16384, 4096, 1024), min_length=1)
     """Shots per step of the sampled rows."""
-    scales: tuple[float, ...] = (0.5, 1.5)
+    scales: tuple[float, ...] = Field((0.5, 1.5), min_length=1)
     """Input scales a of the sampled rows."""
+
+    @property
+    def width(self) -> int:
+        """Features of one reservoir; an onion of three has three times as many."""
+        return QuantumReservoir(qubits=self.qubits).width
+
+    @property
+    def networks(self) -> tuple[int, ...]:
+        """Units of the echo state networks: a reservoir's features, the layer's, an onion's, a hybrid's; rising."""
+        return tuple(sorted({self.width, LAYER, 3 * self.width, 3 * self.width + LAYER}))
 
 
 @dataclass(frozen=True)
@@ -139,11 +151,12 @@ def nowcast(study: Study, seed: int) -> Result:
         for k, sigma in enumerate((0.1, 0.3, 1.0))
     ]
     bench.best("onion, untuned: sigma 0.1, 0.3, 1", [bench.add(untuned)])
-    networks = {units: bench.best(f"ESN {units}", _networks(bench, units, seed)) for units in (10, 30, 60)}
-    bench.best("onion ESN 30", _networks(bench, 30, seed, annuli=THIRDS, radii=(0.99, 0.8)))
+    networks = {units: bench.best(f"ESN {units}", _networks(bench, units, seed)) for units in study.networks}
+    onion_network = _networks(bench, 3 * study.width, seed, annuli=THIRDS, radii=(0.99, 0.8))
+    bench.best(f"onion ESN {3 * study.width}", onion_network)
     budget = len(pool) * len(pool[0]) + 16
-    bench.best("hybrid, parallel: greedy onion 3 + ESN 30", [[*onion, *networks[30]]], budget=budget)
-    bench.best("hybrid, stacked: greedy onion 3, ESN 30 above", _stacked(bench, onion, seed), budget=budget)
+    bench.best(f"hybrid, parallel: greedy onion 3 + ESN {LAYER}", [[*onion, *networks[LAYER]]], budget=budget)
+    bench.best(f"hybrid, stacked: greedy onion 3, ESN {LAYER} above", _stacked(bench, onion, seed), budget=budget)
     return bench.result()
 
 
@@ -176,9 +189,9 @@ def known_scales(study: Study, seed: int) -> Result:
             pool = _triples(bench, settings, study.qubits, seed)
             made = {name: list(values) for name, values in bench.features.items()}
         onion = _onion_rows(bench, pool, study.random_triples, seed)
-        networks = {units: bench.best(f"ESN {units}", _networks(bench, units, seed)) for units in (10, 30, 60)}
+        networks = {units: bench.best(f"ESN {units}", _networks(bench, units, seed)) for units in study.networks}
         budget = len(pool) * len(pool[0]) + 16
-        bench.best("hybrid, parallel: greedy onion 3 + ESN 30", [[*onion, *networks[30]]], budget=budget)
+        bench.best(f"hybrid, parallel: greedy onion 3 + ESN {LAYER}", [[*onion, *networks[LAYER]]], budget=budget)
         rows += [{"task": task, **row} for row in bench.rows]
         squares |= {f"{task}: {model}": values for model, values in bench.squares.items()}
     return Result(rows, squares)
@@ -191,6 +204,7 @@ def closed_loop(study: Study, seed: int) -> Result:
     primed, wanted = test[:, : study.curves.primed], test[:, study.curves.primed : end]
     strengths = (0.1, 1.0, 2.0)
     own = {"mode": "feedback", "qubits": study.qubits}
+    sizes = sorted({study.width, 3 * study.width, 3 * study.width + LOOP_LAYER})
 
     def members(values: Sequence[float]) -> tuple[QuantumReservoir, ...]:
         return tuple(QuantumReservoir(feedback=f, seed=SEEDS_APART * seed + k, **own) for k, f in enumerate(values))
@@ -202,8 +216,8 @@ def closed_loop(study: Study, seed: int) -> Result:
         "simple, feedback 1": HybridReservoir(members=members((1.0,))),
         "3 of equal feedback 1": HybridReservoir(members=members((1.0, 1.0, 1.0))),
         "onion, feedback 0.1, 1, 2": HybridReservoir(members=members(strengths)),
-        **{f"ESN {units}": HybridReservoir(members=(network(units),)) for units in (10, 30, 50)},
-        "hybrid, onion + ESN 20": HybridReservoir(members=members(strengths), layer=network(20)),
+        **{f"ESN {units}": HybridReservoir(members=(network(units),)) for units in sizes},
+        f"hybrid, onion + ESN {LOOP_LAYER}": HybridReservoir(members=members(strengths), layer=network(LOOP_LAYER)),
     }
     held = primed[:, -1:].expand_as(wanted)
     steps = torch.arange(1, study.curves.horizon + 1, dtype=torch.float64)
@@ -310,7 +324,7 @@ def _stacked(bench: Bench, onion: Sequence[int], seed: int) -> list[list[int]]:
     spread = torch.where(deviation > 1e-9, deviation, 1.0)
     above = {name: Part((values - rows.mean(0)) / spread, bench.parts[name].targets) for name, values in first.items()}
     layer = Bench(above, bench.washout)
-    numbers = _networks(layer, 30, seed)
+    numbers = _networks(layer, LAYER, seed)
     return [
         [*onion, bench.add_features({name: layer.features[name][number] for name in bench.parts})]
         for [number] in numbers

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rdkit import Chem
 
-from jobs.diffspectra_sample import DiffSpectraSampleJob
+from jobs.diffspectra_sample import Answerer, DiffSpectraSampleJob
 from library.artifact import open_artifact
 from library.diffspectra.answers import answer_molecules, evaluated, sdf_blocks, structure_of
 from library.diffspectra.data import load_molecules
@@ -21,7 +21,7 @@ from library.diffspectra.ranking import rank
 from library.diffspectra.recipe import DiffSpectraRecipe
 from library.diffspectra.sampling import Sampling
 from library.diffspectra.specformer import SpecFormerSettings
-from library.errors import InputError
+from library.errors import InputError, PrismError
 from library.recipe import fit
 
 ENCODER = SpecFormerSettings(
@@ -150,9 +150,25 @@ def test_blocks_are_answered_once_and_put_together(model: str, tmp_path: Path) -
         {"name": "wrong", "spectra": {"ir": {"y": "?"}}},
     ]
     (tmp_path / "own.json").write_text(json.dumps(entries))
-    own = job(model, tmp_path / "own", source=str(tmp_path / "own.json")).run()
+    asked = job(model, tmp_path / "own", source=str(tmp_path / "own.json"), limit=None)
+    own = asked.run()
     assert own.metrics["unreadable"] == 3
     assert own.metrics["samples"] == 2
     assert "constitution" not in own.metrics
     [_, note] = own.notes
     assert note.startswith("3 spectra were not read, such as empty: ir: the spectrum is zero everywhere")
+    written = (tmp_path / "own" / "blocks" / "block-000000.json").read_bytes()
+    corrected = [entries[0] | {"formula": "C2H6"}, *entries[1:]]
+    for changed in (corrected, [*entries, {"name": "new", "spectra": {"ir": ir}}], entries[1:]):
+        (tmp_path / "own.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match="holds answers with another content"):
+            asked.run()
+    assert (tmp_path / "own" / "blocks" / "block-000000.json").read_bytes() == written
+
+
+def test_a_model_that_moved_on_since_the_run_began_answers_nothing(model: str, tmp_path: Path) -> None:
+    block = {"name": "block-000000.json", "first": 0, "items": "[0]"}
+    with pytest.raises(PrismError, match="has become another artifact since the run began"):
+        Answerer(job(model, tmp_path), "the version before")(block)
+    Answerer(job(model, tmp_path), open_artifact(model).version)(block)
+    assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["block-000000.json"]

@@ -48,3 +48,6 @@ def test_outcomes_follow_from_the_numbers():
     assert claim.findings[0].startswith(
         "wanda, FARMS minus uniform -10.0 points (0 of 1 above 0); minus plain 10.0 points"
     )
+    assert "Of the 90.0 % before pruning the arms keep 40.0 to 60.0 %" in claim.findings[2]
+    mild = pd.DataFrame([row | {"accuracy": row["accuracy"] + 0.29} for row in rows])
+    assert "the arms keep 69.0 to 89.0 %" in pruning_claim(mild, Study(sparsity=0.3)).findings[2]

@@ -4,10 +4,12 @@ import json
 
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from cluster import registry
 from jobs import flags
 from jobs.hawq import ClassifierJob, HawqJob, frontier_figure
+from jobs.hawq_claims import choosing
 from jobs.hawq_lm import HawqLanguageJob
 from jobs.hawq_reproduction import HawqReproduction
 from jobs.reproduce import reproduction_class
@@ -18,7 +20,7 @@ from library.artifact import open_artifact
 from library.errors import InputError
 from library.hawq.language import HawqLanguageRecipe
 from library.hawq.recipe import HawqRecipe
-from library.hawq.study import METHOD, METRICS, random_plans, spearman
+from library.hawq.study import FIRST, INVERSE, METHOD, METRICS, PLAIN, RANDOM, Study, random_plans, spearman
 from library.hawq.trained import load_hawq
 from library.images.recipe import ClassifierRecipe
 from library.recipe import fit
@@ -140,6 +142,21 @@ def test_the_reproduction_writes_its_document(tmp_path):
     assert (sizes <= 3 + 1e-9).all()
     assert set(report.tables["ranks"]["metric"]) > set(METRICS)
     assert report.metrics["loss_v2"] == pytest.approx(settings[settings["choice"] == METHOD]["loss"].mean())
+
+
+def test_the_rule_names_what_was_compared():
+    choices = {METHOD: 0.5, FIRST: 0.6, PLAIN: 0.7, INVERSE: 0.8, RANDOM: 0.9}
+    row = {"seed": 0, "bits": "2 3", "accuracy": 0.8, "tuned_accuracy": 0.9}
+    settings = pd.DataFrame([row | {"mean_bits": 2.5, "choice": name, "loss": loss} for name, loss in choices.items()])
+    claim = choosing(settings, Study(mean_bits=(2.5,)))
+    assert claim.verdict == "holds in all 1 seeds"
+    assert "is the least of HAWQ-V2 and HAWQ-V1, at 2.5 bits" in claim.measured
+    assert "After fine-tuning the two differ" in claim.findings[-1]
+
+
+def test_whole_bits_that_no_layer_may_have_are_refused_before_any_work():
+    with pytest.raises(ValidationError, match=r"study.mean_bits: 7 is whole, but none of the recipe's bits, 2, 3, 4"):
+        HawqReproduction.quick(study=Study(mean_bits=(2.5, 7.0)))
 
 
 def test_published_networks_need_no_cluster():

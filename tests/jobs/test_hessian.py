@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ import torch
 from pydantic import ValidationError
 
 from jobs.hessian import HessianJob
-from jobs.hessian_analysis import Analysis, analyse_here
-from jobs.hessian_grid import EXPERIMENTS, Grid
+from jobs.hessian_analysis import Analysis, analyse_artifact, analyse_here
+from jobs.hessian_claims import growth
+from jobs.hessian_grid import EXPERIMENTS, Findings, Grid
 from jobs.hessian_reproduction import HessianReproduction
 from jobs.reproduce import command_line
 from library.artifact import open_artifact, write_artifact
+from library.diffspectra.pretraining_recipe import PretrainingRecipe
 from library.errors import ArtifactError, InputError
-from library.hessian.study import measure_cell
+from library.hessian.recipes import check_additive
+from library.hessian.study import Cell, Measured, measure_cell
 from library.recipe import seeded_model
 from library.recipes import trained_model
 from library.send.recipe import SendRecipe
@@ -71,12 +75,71 @@ def test_a_network_is_the_same_alone_and_among_others(run):
 
 def test_the_job_runs_chosen_experiments_and_saves_them(ray_cluster, tmp_path):
     grid = HessianReproduction.quick().grid
-    job = HessianJob(experiments=("spectrum", "batches"), seeds=(3,), grid=grid, out=tmp_path / "report")
+    (tmp_path / "thesis.txt").write_text("precious")
+    job = HessianJob(experiments=("spectrum", "batches"), seeds=(3,), grid=grid, out=tmp_path)
     report = job.run()
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
     assert set(report.figures) == {"spectrum", "batches"}
     assert set(report.tables["networks"]["moment"]) == {"start", "end"}
     assert len(report.tables["lines"]) == 3
     assert (tmp_path / "report" / "spectrum.png").is_file()
+
+
+@pytest.mark.parametrize("data", ["moons", "images"])
+def test_every_cell_of_other_data_has_its_networks_and_its_figures(ray_cluster, tmp_path, monkeypatch, data):
+    quick = HessianReproduction.quick().grid
+    base = quick.base.model_copy(update={"data": data, "steps": 5, "hidden": (3,)})
+    grid = quick.model_copy(update={"base": base, "image_hidden": (3, 4), "image_steps": 5})
+    experiments = ("spectrum", "growth", "gauss-newton")
+    monkeypatch.chdir(tmp_path)
+    report = HessianJob(experiments=experiments, seeds=(0,), grid=grid, out=Path()).run()
+    assert set(report.figures) == set(experiments)
+    cells = {cell for experiment in experiments for cell in grid.cells(experiment)}
+    assert len(report.tables["networks"]) == len(cells) + 1, "the centre has its start too"
+    assert (tmp_path / "report" / "growth.png").is_file()
+    for experiment in ("classes", "separability"):
+        with pytest.raises(InputError, match=f"experiment {experiment}: it varies blobs"):
+            HessianJob(experiments=(experiment,), grid=grid).run()
+
+
+def test_growth_is_judged_by_size_in_whatever_order_sizes_are_named():
+    cells = [Cell(hidden=(hidden,)) for hidden in (20, 5, 10)]
+    values = np.linspace(0.0, 1.0, 40)
+    networks = {
+        cell: [
+            Measured(
+                cell,
+                seed,
+                "end",
+                {"parameters": 10.0 * cell.hidden[0], "flat_share": 0.01 * cell.hidden[0]}
+                | {"outliers_by_gap": 5.0, "largest": 1.0, "steep": 3.0},
+                values,
+                np.ones(12),
+                np.ones(12),
+            )
+            for seed in (0, 1)
+        ]
+        for cell in cells
+    }
+    grid = Grid(hidden=(20, 5, 10))
+    assert grid.cells("growth") == cells
+    assert growth(grid, Findings(networks, [], [])).verdict == "holds in all 2 seeds"
+
+
+def test_what_workers_cannot_share_is_refused(ray_cluster, artifact):
+    with pytest.raises(InputError, match="5 samples cannot be shared by 6 workers"):
+        analyse_artifact(str(artifact), SETTINGS, seed=0, workers=6, cpus=0.1, gpu=False, retries=0)
+    with pytest.raises(InputError, match=r"the loss of diffspectra-pretrain compares .* cannot be shared by 2; use 1"):
+        check_additive(PretrainingRecipe(), 2)
+    check_additive(PretrainingRecipe(), 1)
+
+
+def test_a_part_with_fewer_samples_than_workers_is_refused_on_all_of_them(artifact, monkeypatch):
+    count = len(SendRecipe.model_validate(open_artifact(artifact).recipe).datasets().validation)
+    monkeypatch.setattr("library.collective.world_size", lambda: count + 1)
+    settings = SETTINGS.model_copy(update={"part": "validation", "samples": count + 9})
+    with pytest.raises(InputError, match=f"{count} samples cannot be shared by {count + 1} workers"):
+        analyse_here(str(artifact), settings, seed=0)
 
 
 def test_cells_vary_only_what_their_experiment_says():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from jobs.pareto import costs, crowding, front, front_ranks, hypervolume, kept_of_front
 from jobs.search import Journal, JournalSearcher, ParetoHalving, TrialRecord, draw, scheduler
+from jobs.search_report import front_figure
 from tune_spaces.space import Real, Space
 
 SPACE = Space(
@@ -64,6 +65,17 @@ def test_the_front_is_of_the_search_alone():
     assert costs(SPACE, records[1].last) == (-0.8, 20)
     assert [found.number for found in kept_of_front(SPACE, records)] == [1, 0, 3]
     assert kept_of_front(SPACE, []) == []
+
+
+@pytest.mark.parametrize("group", [None, "plain"])
+def test_a_search_without_a_finished_trial_has_its_figure(tmp_path, group):
+    ended = [record(0, 0.9, 30, group=group), record(1, 0.8, 20, group=group)] if group else []
+    drawn = front_figure(SPACE, [record(2, 0.5, 9, state="failed"), record(3, 0.4, 8, state="running"), *ended])
+    drawn.savefig(tmp_path / "front.png")
+    assert front(SPACE, ended) == []
+    assert front_ranks([]).shape == (0,)
+    [line] = [line for line in drawn.axes[0].lines if line.get_label() == "front of the search"]
+    assert len(line.get_xdata()) == 0
 
 
 def test_trials_that_others_beat_at_a_rung_stop_and_baselines_do_not():

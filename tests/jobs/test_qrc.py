@@ -71,12 +71,16 @@ def test_courses_and_tables(tmp_path):
     report = job(tmp_path, table=tables, name="t", seeds=(0,)).run()
     assert report.metrics["test_nrmse"] < 0.9
     assert Schema.of(open_artifact(report.artifact)) == Schema(inputs=("humidity",), step=1.0, target=MEASURED)
+    pd.read_csv(tables[0]).iloc[:300].to_csv(tmp_path / "short.csv", index=False)
+    unequal = job(tmp_path, table=(str(tmp_path / "short.csv"), *tables), name="w", seeds=(0,)).run()
+    assert unequal.metrics["test_nrmse"] < unequal.metrics["linear_test_nrmse"]
     alone = job(tmp_path, table=tables[:1], name="u", seeds=(0,)).run()
     assert any("cut in time" in note for note in alone.notes)
     for changes, message in (
         ({"table": tables[:2]}, "one file, or at least three"),
         ({"table": ("nowhere.csv",)}, "nowhere.csv cannot be read"),
         ({"inputs": ("humidity",)}, "they are chosen of tables"),
+        ({"table": tables, "task": "closed-loop"}, "task closed-loop: it is of simulated courses"),
         ({"table": tables, "inputs": ("wind",)}, "there is no column wind_m_s"),
         ({"table": tables[:1], "recipe": SMALL.model_copy(update={"washout": 300})}, "washout 300 leaves"),
     ):

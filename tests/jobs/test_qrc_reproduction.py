@@ -1,13 +1,15 @@
 """The reproduction goes through all its claims, and its controls are what they say."""
 
+import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 
-from jobs import qrc_claims
+from jobs import qrc_claims, qrc_figures
 from jobs.qrc_reproduction import QrcReproduction
 from library.errors import InputError
 from library.qrc.scores import coverage, paired_gain, scores
-from library.qrc.study import Bench, Part
+from library.qrc.study import Bench, Part, Study, closed_loop, nowcast
 
 
 @pytest.mark.ray
@@ -30,6 +32,42 @@ def test_the_document_has_every_claim_table_and_figure(tmp_path):
     assert report.metrics["nowcast_onion"] == pytest.approx(
         nowcast[nowcast["model"] == qrc_claims.GREEDY]["nrmse"].mean()
     )
+
+
+def test_controls_have_the_sizes_of_the_study():
+    study = QrcReproduction.quick().study.model_copy(update={"qubits": 5, "random_triples": 1})
+    for qubits in (3, 5):
+        study = study.model_copy(update={"qubits": qubits})
+        tables = {
+            name: pd.DataFrame([{"seed": 0, **row} for row in part(study, 0).rows])
+            for name, part in (("nowcast", nowcast), ("courses", closed_loop))
+        }
+        features = tables["nowcast"].set_index("model")["features"]
+        single, equal = features[qrc_claims.SIMPLE], features[qrc_claims.GREEDY]
+        assert single == features[qrc_claims.single_network(study)] == qubits * (qubits + 1) // 2
+        assert equal == features[qrc_claims.equal_network(study)] == 3 * single
+        assert features[qrc_claims.HYBRID] == features[qrc_claims.hybrid_network(study)]
+        claim = qrc_claims.courses(tables["courses"], study)
+        loop = tables["courses"].set_index("model")["features"]
+        [size] = {loop[name] for name in loop.index if name.startswith("hybrid")}
+        assert loop[f"ESN {size}"] == size
+        assert f"Hybrid of {size} features" in claim.findings[1]
+        assert f"the first {study.curves.primed} of {study.curves.points} points" in claim.measured
+    assert Study().networks == (10, 30, 60)
+    for wrong in ({"qubits": 2}, {"shots": ()}, {"scales": ()}):
+        with pytest.raises(ValidationError):
+            Study(**wrong)
+
+
+def test_the_figure_of_the_knobs_shows_the_numbers_of_its_table():
+    table = qrc_claims.sweep(3, (7, 2, 5))
+    drawn = qrc_figures.spectra_figure(3, (7, 2, 5))
+    median = table[table["kind"] == "su2"].groupby(["measured", "sigma"])["tau"].median()
+    for measured, line in enumerate(drawn.axes[-1].lines, 1):
+        shown = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for sigma in set(shown) & set(qrc_claims.SIGMAS):
+            assert shown[sigma] == pytest.approx(max(median[measured, sigma], 0.1))
+    assert "3 seeds" in drawn.axes[-1].get_title(loc="left")
 
 
 def test_choices_are_by_validation_and_the_test_takes_no_part():

@@ -233,3 +233,5 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path):
 def test_a_recipe_says_what_a_search_finds():
     members = [reservoir({**guess, "mode": "both", "seed": 5}) for guess in POOL.first_guesses()]
     assert QrcRecipe.of(members, units=0).reservoir().members == tuple(members)
+    sampled = QrcRecipe.of(members, units=0, shots=4096).reservoir().members
+    assert [(each.reservoir, each.shots) for each in sampled] == [(member, 4096) for member in members]

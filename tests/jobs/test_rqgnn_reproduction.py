@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from jobs.rqgnn_reproduction import (
     BANK,
@@ -32,6 +33,12 @@ def test_a_quick_run_writes_the_document_and_its_figures(ray_cluster, tmp_path) 
     first = results[(results["set"] == "tox21:SR-p53") & (results["arm"] == RQGNN)]["auc"].iloc[0]
     assert f"{first:.3f}" in text
     assert "prism reproduce rqgnn" in text
+
+
+def test_some_set_has_all_networks() -> None:
+    study = RqgnnReproduction.quick().study
+    with pytest.raises(ValidationError, match=r"study.large: it names all sets; leave one out"):
+        RqgnnReproduction.quick(study=study.model_copy(update={"large": study.sets}))
 
 
 def rows(**auc: float) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cluster import storage
 from jobs.spe_eigenpairs import GRAPH, SpeEigenpairsJob, graph_eigenpairs, rows_of
 from library.errors import InputError
 from library.molecules import Molecule
@@ -42,6 +43,17 @@ def test_a_batch_has_the_eigenpairs_of_its_graphs():
         assert row["num_edges"] == int(data.graphs.edge_counts[place])
     assert any(row["gap"] is None for row in found)
     assert any(row["gap"] is not None for row in found)
+
+
+def test_a_remote_folder_that_is_not_empty_is_refused_before_any_work():
+    place = "memory://bucket/eigenpairs"
+    storage.write_bytes(f"{place}/part.parquet", b"of another run")
+    try:
+        with pytest.raises(InputError, match=f"out: {place} exists and is not empty"):
+            SpeEigenpairsJob(source=("zinc12k",), out=place).run()
+        assert storage.list(place) == ["part.parquet"]
+    finally:
+        storage.remove(place)
 
 
 def test_what_is_wrong_with_a_graph_stays_with_it():

@@ -131,6 +131,22 @@ def test_bad_corpora_are_named_and_leave_nothing(tmp_path, name, content, messag
 def test_a_folder_that_holds_something_else_is_not_replaced(parquet, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="holds no token stores"):
+    with pytest.raises(InputError, match="holds more than token stores"):
         TokenizeJob(source=(str(parquet),), out=str(tmp_path / "mine"), tokenizer="bytes").run()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_token_stores_are_replaced_and_a_model_with_a_tokeniser_is_not(parquet, tmp_path):
+    model, stores = tmp_path / "model", tmp_path / "stores"
+    TokenizeJob(source=(str(parquet),), out=str(stores), tokenizer="bytes").run()
+    TokenizeJob(source=(str(parquet),), out=str(stores), tokenizer="bytes", shard_documents=17).run()
+    assert len(in_memory(stores).train.shards) > 1
+    model.mkdir()
+    (model / "tokenizer.json").write_bytes((stores / "tokenizer.json").read_bytes())
+    (model / "model.safetensors").write_text("weights")
+    (stores / "notes.txt").write_text("precious")
+    for place in (model, stores):
+        before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        with pytest.raises(InputError, match="holds more than token stores"):
+            TokenizeJob(source=(str(parquet),), out=str(place), tokenizer="bytes").run()
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before

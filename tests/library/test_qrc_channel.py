@@ -198,16 +198,29 @@ def test_the_bare_permutation_has_roots_of_unity_and_zeros_only():
 @pytest.mark.parametrize(("kind", "power", "sigma"), [("su2", 2, 0.01), ("ising", 4, 0.05)])
 def test_the_slowest_mode_slows_down_as_a_power_of_sigma(kind, power, sigma):
     template = QuantumReservoir(kind=kind, pairs="line", **STILL)
-    scales = time_scale_sweep(template, [sigma, 2 * sigma], [1], 8)
+    scales = time_scale_sweep(template, [sigma, 2 * sigma], [1], range(8))
     gaps = 1 - torch.exp(-1 / scales[0])
     slope = math.log(float(gaps[1].median() / gaps[0].median())) / math.log(2)
     assert slope == pytest.approx(power, rel=0.1)
 
 
 def test_more_measured_qubits_forget_faster():
-    scales = time_scale_sweep(QuantumReservoir(pairs="line", **STILL), [0.1, 0.3, 1.0], [1, 2, 3], 8)
+    scales = time_scale_sweep(QuantumReservoir(pairs="line", **STILL), [0.1, 0.3, 1.0], [1, 2, 3], range(8))
     medians = scales.median(-1).values
     assert (medians[:-1] > medians[1:]).all()
+
+
+def test_a_sweep_is_of_the_seeds_that_are_named_alone(monkeypatch):
+    template, asked = QuantumReservoir(pairs="line", **STILL), []
+
+    def noted(reservoir, inputs):
+        asked.append(reservoir.seed)
+        return slowest_time_scale(reservoir, inputs)
+
+    monkeypatch.setattr("library.qrc.onion.slowest_time_scale", noted)
+    scales = time_scale_sweep(template, [0.3], [1], (12, 3))
+    assert asked == [12, 3]
+    assert torch.equal(scales, time_scale_sweep(template, [0.3], [1], range(13))[..., [12, 3]])
 
 
 def test_a_shift_register_of_one_step_holds_the_last_input_only():
@@ -404,6 +417,6 @@ def test_pictures_show_every_reservoir_and_its_slowest_mode():
     slowest = [float(channel_spectrum(member, HALF).slowest) for member in members]
     assert [text.get_text() for text in lasting.texts] == [f"{steps:.3g} steps" for steps in slowest]
     assert sum(len(line.get_xdata()) for line in disk.lines if line.get_marker() == "o") == 3 * 63
-    knobs = knobs_figure(QuantumReservoir(qubits=3), sigmas=(0.1, 0.3, 1.0), seeds=2)
+    knobs = knobs_figure(QuantumReservoir(qubits=3), sigmas=(0.1, 0.3, 1.0), seeds=range(2))
     assert len(knobs.axes) == 4
     assert len(knobs.axes[-1].lines) == 2

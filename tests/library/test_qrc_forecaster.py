@@ -1,5 +1,7 @@
 """The forecaster keeps scikit-learn's conventions, streams what it predicts, closes loops, and comes back bit-equal."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -197,6 +199,20 @@ def test_an_artifact_gives_the_same_bits(fitted, tmp_path):
     model = Forecaster(stacked, washout=30).fit(*data())
     artifact = save_forecaster(model, tmp_path / "b", metrics={}, data="none")
     assert np.array_equal(load_forecaster(artifact).predict(x), model.predict(x))
+
+
+def test_all_that_was_learned_moves_to_another_device(fitted):
+    model = copy.deepcopy(fitted)
+    assert model.to("meta").device == "meta"
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        return [one for each in vars(value).values() for one in tensors(each)] if hasattr(value, "__dict__") else []
+
+    found = tensors(model)
+    assert len(found) == 9
+    assert {one.device.type for one in found} == {"meta"}
 
 
 def test_foreign_artifacts_are_refused(fitted, tmp_path):

@@ -280,11 +280,24 @@ def test_platt_scaling_keeps_ranks_and_matches_frequencies() -> None:
     assert float(found.mean()) == pytest.approx(float(labels.double().mean()), abs=2e-3)
     assert torch.equal(found.argsort(), margins.argsort())
     against = PlattScaling.fit(-margins, labels)
-    assert against.slope == pytest.approx(1e-3)
+    assert against.slope * float(margins.std(correction=0)) == pytest.approx(1e-3)
     apart = PlattScaling.fit(torch.tensor([-1.0, 1.0]), torch.tensor([False, True]))
     assert 0.5 < float(apart.probability(1.0)) < 1
     with pytest.raises(InputError, match="both labels"):
         PlattScaling.fit(margins, torch.ones(4000))
+
+
+@pytest.mark.parametrize(("centre", "spread", "slope"), [(1000, 1, 0.0), (1e4, 5e3, 3e-4), (50, 2, -1.0), (7, 0, 0.0)])
+def test_platt_scaling_keeps_the_share_of_positives_wherever_the_margins_lie(centre, spread, slope) -> None:
+    generator = torch.Generator().manual_seed(1)
+    margins = centre + spread * torch.randn(4000, dtype=torch.float64, generator=generator)
+    labels = torch.rand(4000, generator=generator) < torch.sigmoid(slope * (margins - centre) - 1)
+    scaling = PlattScaling.fit(margins, labels)
+    assert scaling.slope > 0
+    found = scaling.probability(margins)
+    assert float(found.mean()) == pytest.approx(float(labels.double().mean()), abs=2e-3)
+    if slope > 0:
+        assert scaling.slope == pytest.approx(slope, rel=0.1)
 
 
 @pytest.mark.parametrize("module", [loss, metrics, calibration])

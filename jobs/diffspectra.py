@@ -2,29 +2,22 @@
 
 from typing import ClassVar, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from cluster import registry
 from jobs.report import Report
-from jobs.training import TrainingJob
+from jobs.training import WholeBatchJob
 from library.diffspectra.pretraining_recipe import PretrainingRecipe
 from library.diffspectra.recipe import DiffSpectraRecipe
 
 
-class DiffSpectraJob(TrainingJob, frozen=True, extra="forbid"):
+class DiffSpectraJob(WholeBatchJob, frozen=True, extra="forbid"):
     """Train the diffusion that finds molecules from UV-Vis, IR and Raman spectra."""
 
     job: ClassVar[str] = "diffspectra"
 
     recipe: DiffSpectraRecipe = DiffSpectraRecipe()
     """What is trained, and how."""
-
-    @field_validator("micro_batch")
-    @classmethod
-    def _whole_batches(cls, size: int | None) -> int | None:
-        if size is not None:
-            raise ValueError("batch normalisation is over the whole batch of a step, which cannot be cut; leave it out")
-        return size
 
     @model_validator(mode="after")
     def _averages(self) -> Self:
@@ -41,4 +34,4 @@ class DiffSpectraJob(TrainingJob, frozen=True, extra="forbid"):
 
     def run(self) -> Report:
         """Train, write the artifact of averaged weights, register it. Raises PrismError; the last checkpoint stays."""
-        return TrainingJob.run(self.prepared())
+        return WholeBatchJob.run(self.prepared())

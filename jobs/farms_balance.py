@@ -2,11 +2,11 @@
 
 from typing import ClassVar
 
-from jobs.training import TrainingJob
+from jobs.training import WholeBatchJob
 from library.farms.recipe import BalancedClassifierRecipe
 
 
-class FarmsBalanceJob(TrainingJob, frozen=True, extra="forbid"):
+class FarmsBalanceJob(WholeBatchJob, frozen=True, extra="forbid"):
     """Train an image classifier whose layers learn at rates of their own."""
 
     job: ClassVar[str] = "farms-balance"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from cluster import connect, registry, storage
 from jobs.report import Report
 from jobs.reproduce import gather
-from jobs.training import TrainingJob
+from jobs.training import TrainingJob, WholeBatchJob
 from library.drawing import blank, open_frame
 from library.hawq.recipe import HawqRecipe
 from library.images.networks import is_pretrained
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from library.hawq.quantized_recipe import QuantizedRecipe
 
 
-class ClassifierJob(TrainingJob, frozen=True, extra="forbid"):
+class ClassifierJob(WholeBatchJob, frozen=True, extra="forbid"):
     """Train the image classifier that HAWQ-V2 quantises; the same settings on a laptop and on a cluster."""
 
     job: ClassVar[str] = "hawq-classifier"

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 
 from jobs.held_out import measured, save_again
 from jobs.report import Report
-from jobs.training import TrainingJob
+from jobs.training import WholeBatchJob
 from library.drawing import blank, open_frame
 from library.rqgnn.data import load_graphs
 from library.rqgnn.recipe import RqgnnRecipe
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class RqgnnJob(TrainingJob, frozen=True, extra="forbid"):
+class RqgnnJob(WholeBatchJob, frozen=True, extra="forbid"):
     """Train a detector of anomalous graphs; the weights of the best validation AUC become the artifact.
 
     Probability and threshold are fitted on the validation graphs. The report shows what they are worth on the test
@@ -30,13 +30,6 @@ class RqgnnJob(TrainingJob, frozen=True, extra="forbid"):
     """Steps between two checkpoints, each with an evaluation; the last step always has one."""
     artifact_from: Literal["last", "best"] = "best"
     """Which weights become the artifact: those of the last step, or of the best validation AUC."""
-
-    @field_validator("micro_batch")
-    @classmethod
-    def _whole_batches(cls, size: int | None) -> int | None:
-        if size is not None:
-            raise ValueError("batch normalisation is over the whole batch of a step, which cannot be cut; leave it out")
-        return size
 
     def prepared(self) -> "RqgnnJob":
         """The job once its graphs are there: what is downloaded by name is downloaded here, not by every worker."""

@@ -123,6 +123,17 @@ class TrainingJob(Job, frozen=True, extra="forbid"):
         return launch(self)
 
 
+class WholeBatchJob(TrainingJob, frozen=True, extra="forbid"):
+    """Trains a recipe in which samples see each other: batch normalisation, or a loss that compares them."""
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _whole_batches(cls, size: int | None) -> int | None:
+        if size is not None:
+            raise ValueError("samples see all others of a step's batch, which cannot be cut; leave it out")
+        return size
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a worker's loop ended: all steps, the recipe's own criterion, the driver's wish, a non-finite number, a

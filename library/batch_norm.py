@@ -39,3 +39,28 @@ class GlobalBatchNorm(nn.Module):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
         return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` whose training statistics are over the images of all workers together.
+
+    On one worker, and in evaluation, it is torch's own. Images are (batch, channels, h, w); statistics are in fp32 or
+    better, and gradients flow through them.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images."""
+        if not self.training or collective.world_size() == 1:
+            return super().forward(images)
+        x = images if images.dtype == torch.float64 else images.float()
+        count = float(collective.all_sum(torch.tensor(float(x.numel() // x.shape[1]))))
+        mean = collective.differentiable_sum(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = collective.differentiable_sum(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(images.dtype)

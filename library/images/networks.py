@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.batch_norm import GlobalBatchNorm2d
 from library.errors import InputError
 
 PLAIN_CHANNELS = (16, 16, 32, 32, 48, 48, 64)
@@ -19,7 +20,7 @@ class ConvNorm(nn.Module):
     def __init__(self, channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = GlobalBatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))

@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from pydantic import ValidationError
 
 from cluster import registry
@@ -61,6 +62,20 @@ def test_two_workers_give_the_numbers_and_the_bits_of_one(trained, tmp_path, pri
     saved = pd.read_parquet(tmp_path / "runs" / "r" / "report" / "bits.parquet")
     assert saved["bits"].tolist() == table["bits"].tolist()
     assert frontier_figure(recipe, here, recipe.plan()).axes[0].get_xlabel().startswith("size")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster", "ready_registry")
+def test_two_workers_train_the_classifier_that_one_trains(tmp_path):
+    recipe = CLASSIFIER.model_copy(update={"steps": 2, "batch_size": 15})
+    with pytest.raises(ValidationError, match="cannot be cut"):
+        ClassifierJob(recipe=recipe, micro_batch=4)
+    report = ClassifierJob(recipe=recipe, scaling=Scaling(workers=2), storage=str(tmp_path / "runs")).run()
+    alone = fit(recipe, path=tmp_path / "alone", device="cpu")
+    expected = dict(alone.iter_weights())
+    assert any(name.endswith("running_var") for name in expected)
+    for name, tensor in open_artifact(report.artifact).iter_weights():
+        assert torch.allclose(tensor.double(), expected[name].double(), rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.ray

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from library.batch_norm import GlobalBatchNorm
+from library.batch_norm import GlobalBatchNorm, GlobalBatchNorm2d
 from library.errors import InputError
 
 
@@ -50,3 +50,31 @@ def test_two_processes_share_their_statistics(tmp_path) -> None:
     assert torch.allclose(shared[0][:6] + shared[1][:6], whole[-12:-6], atol=1e-12)
     assert torch.allclose(shared[0][6:], whole[-6:], atol=1e-12)
     assert torch.equal(shared[0][6:], shared[1][6:])
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3 - 1
+
+
+def image_worker(rank: int, meet: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    own = images(5)[:2] if rank == 0 else images(5)[2:]
+    found = {factor: outcome(GlobalBatchNorm2d(2, momentum=factor).double(), own) for factor in (0.1, None)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_statistics_of_images(tmp_path) -> None:
+    mp.spawn(image_worker, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for factor in (0.1, None):
+        whole = outcome(nn.BatchNorm2d(2, momentum=factor).double(), images(5))
+        first, second = (part[factor] for part in parts)
+        for start, n in ((0, 18), (90, 18)):  # outputs, gradients by inputs: 2 images on the first, 3 on the second
+            here = start * 2 // 5
+            there = start * 3 // 5
+            found = torch.cat([first[here : here + 2 * n], second[there : there + 3 * n]])
+            assert torch.allclose(found, whole[start : start + 5 * n], atol=1e-12)
+        assert torch.allclose(first[-8:-4] + second[-8:-4], whole[-8:-4], atol=1e-12)
+        for part in (first, second):
+            assert torch.allclose(part[-4:], whole[-4:], atol=1e-12)

@@ -119,7 +119,6 @@ def test_a_corrupt_new_artifact_is_refused_and_the_old_one_stays(url, versions, 
 def test_what_was_refused_is_tried_again_only_after_a_while_and_a_silent_registry_changes_nothing(
     monkeypatch, send_artifact, caplog
 ):
-    caplog.set_level("WARNING", "ray.serve")  # connecting to Ray makes it quieter
     meant = ["old"]
     tried, taken, told = [], [], []
 

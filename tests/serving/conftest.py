@@ -1,6 +1,5 @@
 """A real artifact of a micro model, with a calibration, and a free port."""
 
-import logging
 import socket
 import threading
 import time
@@ -14,17 +13,6 @@ import uvicorn
 from cluster import ports
 from library.artifact import Artifact, open_artifact, write_artifact
 from serving.trial import trial_artifacts
-
-
-@pytest.fixture(autouse=True)
-def serve_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Warnings of Serve's logger reach `caplog`, whatever Serve or connecting to it in this process has changed."""
-    logger = logging.getLogger("ray.serve")
-    level = logger.level
-    monkeypatch.setattr(logger, "propagate", True)
-    logger.setLevel(logging.WARNING)
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

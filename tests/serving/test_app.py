@@ -1,5 +1,6 @@
 """Choosing what to serve and refusing to, before anything is deployed; and endpoints that do not start."""
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -168,6 +169,7 @@ def test_a_replica_without_a_token_warns_where_others_reach_it(monkeypatch, capl
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.get_gpu_ids", list)
     monkeypatch.setattr("serving.replica.load", lambda *_: SimpleNamespace())
+    monkeypatch.setattr("serving.replica.LOG", logging.getLogger("replica"))  # Ray makes its own quieter
     assert open_host() == found
     for digest in (None, "0" * 64):
         caplog.clear()

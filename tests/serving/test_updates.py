@@ -1,5 +1,6 @@
 """New artifacts under continuous requests: promoted, rolled back, refused; none fails or is answered wrongly."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ from serving.updates import Follower, Loaded
 
 BODY = {"text": "The river Thames flows through London."}
 ALIAS = "models:/send@champion"
+
+
+@pytest.fixture(autouse=True)
+def plain_logger(monkeypatch):
+    """Ray changes handlers of its own loggers in a process that has joined Serve; `caplog` hears this one."""
+    monkeypatch.setattr(updates, "LOG", logging.getLogger("updates"))
 
 
 @pytest.fixture

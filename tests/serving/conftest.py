@@ -1,5 +1,6 @@
 """A real artifact of a micro model, with a calibration, and a free port."""
 
+import logging
 import socket
 import threading
 import time
@@ -13,6 +14,25 @@ import uvicorn
 from cluster import ports
 from library.artifact import Artifact, open_artifact, write_artifact
 from serving.trial import trial_artifacts
+
+
+class Heard(logging.Handler):
+    """A logger outside of logging's tree, whose lines are kept: Ray changes handlers of those that are inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.logger = logging.Logger("heard", logging.WARNING)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def heard() -> Heard:
+    """Put its logger in a module's place, and read its lines."""
+    return Heard()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Choosing what to serve and refusing to, before anything is deployed; and endpoints that do not start."""
 
-import logging
 import os
 import socket
 from pathlib import Path
@@ -163,18 +162,18 @@ def test_serve_goes_on_while_others_have_endpoints_in_it(running, monkeypatch, c
     ("host", "found"),
     [("127.0.0.1", None), ("localhost", None), ("::1", None), ("0.0.0.0", "0.0.0.0"), ("head-1", "head-1")],
 )
-def test_a_replica_without_a_token_warns_where_others_reach_it(monkeypatch, caplog, host, found):
+def test_a_replica_without_a_token_warns_where_others_reach_it(monkeypatch, heard, host, found):
     running = SimpleNamespace(http_config=SimpleNamespace(host=host))
     monkeypatch.setattr("ray.serve.context._get_global_client", lambda **_: running)
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.get_gpu_ids", list)
     monkeypatch.setattr("serving.replica.load", lambda *_: SimpleNamespace())
-    monkeypatch.setattr("serving.replica.LOG", logging.getLogger("replica"))  # Ray makes its own quieter
+    monkeypatch.setattr("serving.replica.LOG", heard.logger)
     assert open_host() == found
     for digest in (None, "0" * 64):
-        caplog.clear()
+        heard.lines.clear()
         Replica(EndpointArgs(endpoint="score", artifact="folder", update_period_s=0), digest).close()
-        warned = f"score needs no token, and listens on {found}: set PRISM_TOKEN or token_file" in caplog.text
+        warned = f"score needs no token, and listens on {found}: set PRISM_TOKEN or token_file" in heard.lines
         assert warned == (found is not None and digest is None)
 
 

@@ -1,6 +1,5 @@
 """New artifacts under continuous requests: promoted, rolled back, refused; none fails or is answered wrongly."""
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +18,6 @@ from serving.updates import Follower, Loaded
 
 BODY = {"text": "The river Thames flows through London."}
 ALIAS = "models:/send@champion"
-
-
-@pytest.fixture(autouse=True)
-def plain_logger(monkeypatch):
-    """Ray changes handlers of its own loggers in a process that has joined Serve; `caplog` hears this one."""
-    monkeypatch.setattr(updates, "LOG", logging.getLogger("updates"))
 
 
 @pytest.fixture
@@ -95,7 +88,8 @@ def test_promoting_and_rolling_back_swap_models_without_a_failed_or_wrong_answer
     assert "models:/send@champion is version 1 again" in capsys.readouterr().out
 
 
-def test_a_corrupt_new_artifact_is_refused_and_the_old_one_stays(url, versions, caplog, capsys):
+def test_a_corrupt_new_artifact_is_refused_and_the_old_one_stays(url, versions, heard, capsys, monkeypatch):
+    monkeypatch.setattr(updates, "LOG", heard.logger)
     first, second = (artifact.version for artifact in versions)
     weights = resolve("models:/send/2") / "weights.safetensors"
     content = bytearray(weights.read_bytes())
@@ -117,14 +111,14 @@ def test_a_corrupt_new_artifact_is_refused_and_the_old_one_stays(url, versions, 
     assert "is corrupt: its SHA-256" in refused["reason"]
     assert {(response.status_code, response.json()["model"]) for response in load.responses} == {(200, first)}
     assert httpx.get(f"{url}/info").json()["version"] == first
-    assert "refused" in caplog.text
+    assert any("refused" in line for line in heard.lines)
     set_alias("send", "champion", 1)
     time.sleep(0.5)
     assert httpx.get(f"{url}/info").json()["update"] == {"reference": ALIAS, "followed": True, "refused": None}
 
 
 def test_what_was_refused_is_tried_again_only_after_a_while_and_a_silent_registry_changes_nothing(
-    monkeypatch, send_artifact, caplog
+    monkeypatch, send_artifact, heard
 ):
     meant = ["old"]
     tried, taken, told = [], [], []
@@ -141,12 +135,13 @@ def test_what_was_refused_is_tried_again_only_after_a_while_and_a_silent_registr
         return Loaded(None, send_artifact)
 
     monkeypatch.setattr(updates, "artifact_version", look_up)
+    monkeypatch.setattr(updates, "LOG", heard.logger)
     follower = Follower(ALIAS, load=load, current=lambda: "old", take=taken.append, period_s=1, told=told.append)
     for meant[0] in ("old", "broken", "broken", PrismError("no way"), PrismError("no way"), "broken"):
         follower.look()
     assert (tried, taken, told) == (["broken"], [], ["refused"])
     assert follower.refused.reason == "it cannot be loaded or used"  # nothing of the inside
-    assert caplog.text.count("no way") == 1
+    assert sum("no way" in line for line in heard.lines) == 1
     monkeypatch.setattr(updates, "RETRY_S", 0.0)
     follower.look()
     meant[0] = "good"

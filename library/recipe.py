@@ -58,6 +58,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     metric: ClassVar[str] = "loss"  # the entry of `evaluate` that decides which checkpoint is best
     mode: ClassVar[Literal["min", "max"]] = "min"
     unit: ClassVar[str] = "samples"  # what `count` counts
+    contrastive: ClassVar[bool] = False  # whether the loss compares samples, also those of other workers
 
     seed: NonNegativeInt = 0
     """Seed of the weights, of the order of samples, and of all noise."""

@@ -53,6 +53,7 @@ class PretrainingRecipe(SpectraRecipe, frozen=True, extra="forbid"):
     """
 
     kind: ClassVar[str] = "diffspectra-pretrain"
+    contrastive: ClassVar[bool] = True
     published: ClassVar[Mapping[str, Any]] = PAPER
 
     steps: PositiveInt = 300

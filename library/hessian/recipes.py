@@ -15,8 +15,6 @@ from library.recipe import Batch, Recipe, Samples, Splits, make_batch, to_device
 from library.spectral.eigen import extreme_eigenpairs
 from library.spectral.operators import Hessian
 
-CONTRASTIVE = ("diffspectra-pretrain",)  # kinds whose loss of a batch depends on the other workers' batches
-
 
 class RecipeLoss(nn.Module):
     """A recipe's loss as a module: maps (number, batch) to the scalar `recipe.losses(model, batch)["loss"]`.
@@ -48,7 +46,7 @@ class RecipeOutputs(nn.Module):
 
 def check_additive(recipe: Recipe, workers: int) -> None:
     """Raise InputError where a loss is no sum over samples, so that several workers would measure another one."""
-    if workers > 1 and recipe.kind in CONTRASTIVE:
+    if workers > 1 and recipe.contrastive:
         raise InputError(
             f"workers: the loss of {recipe.kind} compares the samples of all workers, so its curvature cannot be "
             f"shared by {workers}; use 1"
